@@ -1,0 +1,50 @@
+"""Log-probabilities of a group's responses under one parameter tree: the one function for training and scoring."""
+
+import jax
+import jax.numpy as jnp
+
+from selfplay_jax import partitioning
+from selfplay_jax.groups import Group, response_mask
+from selfplay_jax.models.decoder import Model, Params, group_hidden
+
+
+def _chunk(length: int, limit: int) -> int:
+    """The largest divisor of `length` that is at most `limit`."""
+    return max(size for size in range(1, min(length, limit) + 1) if length % size == 0)
+
+
+def token_logps(model: Model, params: Params, group: Group) -> jax.Array:
+    """log π(response token | prompt, earlier tokens), float32 [B, K, R]; 0 at padding.
+
+    The output projection and its log-softmax run over chunks of `model.logits_chunk` positions and are recomputed in the
+    backward pass, so logits [B, K, R, V] never exist at once.
+    """
+    decoder = model.bind(params)
+    hidden = group_hidden(decoder, group.prompt, group.prompt_lengths, group.responses)
+    weights = decoder.output_matrix()
+    batch, count, length, size = hidden.shape
+    chunk = _chunk(length, model.logits_chunk)
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(batch, count, length // chunk, chunk, *x.shape[3:]), 2, 0)
+
+    @jax.checkpoint
+    def score(weights: jax.Array, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+        logits = jnp.matmul(hidden, weights, preferred_element_type=jnp.float32)
+        logits = partitioning.constrain(logits, "batch", None, None, "act_vocab")
+        # A masked sum instead of a gather: it stays local where the vocabulary is cut over devices.
+        vocabulary = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1)
+        chosen = jnp.sum(jnp.where(vocabulary == tokens[..., None], logits, 0.0), axis=-1)
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    def step(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        return None, score(weights, *chunk)
+
+    _, logps = jax.lax.scan(step, None, (split(hidden), split(group.responses)))
+    logps = jnp.moveaxis(logps, 0, 2).reshape(batch, count, length)
+    return jnp.where(response_mask(group), logps, 0.0)
+
+
+def response_logps(model: Model, params: Params, group: Group) -> jax.Array:
+    """log π(response | prompt), the sum over the response's tokens, float32 [B, K] (0 for an empty response)."""
+    return jnp.sum(token_logps(model, params, group), axis=-1)

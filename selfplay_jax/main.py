@@ -1,0 +1,114 @@
+"""The command line: `python -m selfplay_jax.main --config=configs/tpaw.py[:preset] [--workdir=DIR] [--config.x=y ...]`.
+
+Exit codes: 0 done, 1 a user's error (one sentence on stderr), 75 stopped by a signal; the same command goes on.
+"""
+
+import os
+import pathlib
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from selfplay_jax.config import flat, unknown_field
+from selfplay_jax.errors import Stopped, UserError
+
+RESUMABLE = 75  # EX_TEMPFAIL: what launchers take for "run it again"
+
+
+def read_flags(argv: Sequence[str]) -> tuple[Any, str]:
+    """Parses the command line into (config, workdir).
+
+    Raises:
+      UserError: no config, no such file or preset, an unknown field (near matches are named), a value of another type.
+    """
+    chosen = [arg for arg in argv if re.match(r"--?config=.", arg)]
+    if len(chosen) != 1:
+        raise UserError("say which experiment to run, once: --config=configs/tpaw.py (or sft.py, spin.py, tspin.py).")
+    _check_file(pathlib.Path(chosen[0].split("=", 1)[1].split(":", 1)[0]))
+    defaults = _parse(chosen).config
+    for arg in argv:
+        override = re.match(r"--?(?:no)?config\.([^=]+)", arg)
+        if override and override.group(1) not in flat(defaults):
+            raise unknown_field(override.group(1), defaults)
+    values = _parse(argv)
+    config = values.config
+    return config, values.workdir or config.workdir or f"runs/{config.method}-{config.preset}"
+
+
+def _check_file(file: pathlib.Path) -> None:
+    if file.is_file():
+        return
+    folder = file.parent if file.parent.is_dir() else pathlib.Path("configs")
+    there = ", ".join(sorted(str(path) for path in folder.glob("*.py")))
+    raise UserError(f"there is no config file {file}; in {folder}/ there are: {there or 'none'}.")
+
+
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "configs/METHOD.py[:preset]", flag_values=values)
+    flags.DEFINE_string("workdir", "", "where the run lives; default runs/METHOD-PRESET", flag_values=values)
+    before, sys.argv = sys.argv, ["main", *argv]  # ml_collections looks for overrides there and nowhere else
+    try:
+        rest = values(sys.argv)
+    except flags.Error as error:
+        raise UserError(f"{error}; flags are --config, --workdir and --config.FIELD=VALUE.") from error
+    except TypeError as error:
+        raise UserError(f"a config override has the wrong type: {error}.") from error
+    finally:
+        sys.argv = before
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: overrides are written --config.FIELD=VALUE.")
+    return values
+
+
+class Signals:
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop at the next safe point; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        os.write(2, b"\nstopping at the next safe point; the same command will go on from there\n")
+
+
+def _use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs between runs: a resumed or repeated run starts in seconds."""
+    import jax
+
+    if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of every file it writes
+    try:
+        config, workdir = read_flags(sys.argv[1:] if argv is None else argv)
+        signals = Signals()
+        _use_compilation_cache(config.compilation_cache)
+        from selfplay_jax.selfplay import play
+
+        play(config, workdir, lambda: signals.asked)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (Stopped, KeyboardInterrupt):
+        print("stopped; run the same command to go on", file=sys.stderr)
+        return RESUMABLE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""The host side of sampling: queues prompts, keeps the slots full, hands back responses in the prompts' order."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from selfplay_jax import partitioning
+from selfplay_jax.groups import bucket, pad_rows
+from selfplay_jax.models.decoder import Model, Params
+from selfplay_jax.sampling import slots as device
+from selfplay_jax.sampling.filters import SamplingFilter
+
+
+class Samples(NamedTuple):
+    """Responses in the order of the prompts.
+
+    tokens: N lists of token ids, the stop token included where there is one; lengths [N] int32;
+    finished [N] bool: ended by a stop token, not cut at max_new_tokens;
+    logps [N] float32: log π(response | prompt) at temperature 1, without filters, in nats.
+    """
+
+    tokens: list[list[int]]
+    lengths: np.ndarray
+    finished: np.ndarray
+    logps: np.ndarray
+
+
+class _Programs(NamedTuple):
+    empty: Callable[[], device.Slots]
+    fill: Callable[[Params, device.Slots, device.Refill], device.Slots]
+    decode: Callable[[Params, device.Slots, np.int32], device.Slots]
+    keys: Callable[..., jax.Array]
+
+
+def _slot_shardings(state: Any, mesh: Mesh) -> Any:
+    """Slots over "batch", the cache's heads over "tensor", scalars whole."""
+    cache_axes = ("layers", "batch", "act_kv_heads", None, None)
+
+    def rows(leaf: Any) -> Any:
+        return partitioning.sharding(("batch", *[None] * (leaf.ndim - 1)), leaf.shape, mesh)
+
+    cache = jax.tree.map(lambda leaf: partitioning.sharding(cache_axes, leaf.shape, mesh), state.cache)
+    whole = partitioning.replicated(mesh)
+    return jax.tree.map(lambda leaf: rows(leaf) if leaf.ndim else whole, state._replace(cache=None))._replace(
+        cache=cache
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _programs(
+    model: Model,
+    choose: SamplingFilter,
+    stop_ids: tuple[int, ...],
+    slots: int,
+    columns: int,
+    max_new_tokens: int,
+    mesh: Mesh | None,
+) -> _Programs:
+    """The jitted pieces for one set of shapes; prompts of another bucket compile only `fill` anew."""
+    empty = functools.partial(device.empty, model, slots, columns, max_new_tokens)
+    shardings: Any = None
+    if mesh is not None:
+        shardings = _slot_shardings(jax.eval_shape(empty), mesh)
+
+    def keys(seed: np.ndarray, round_index: np.ndarray, ids: np.ndarray, copies: np.ndarray) -> jax.Array:
+        base = jax.random.fold_in(jax.random.key(seed), round_index)
+        return jax.vmap(lambda i, c: jax.random.fold_in(jax.random.fold_in(base, i), c))(ids, copies)
+
+    return _Programs(
+        empty=jax.jit(empty, out_shardings=shardings),
+        fill=jax.jit(functools.partial(device.fill, model), donate_argnums=1, out_shardings=shardings),
+        decode=jax.jit(
+            functools.partial(device.decode, model, choose, stop_ids),
+            donate_argnums=1,
+            out_shardings=shardings,
+        ),
+        keys=jax.jit(keys),
+    )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def generate(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] | None = None,
+    prompt_ids: Sequence[int] | None = None,
+    samples_per_prompt: int = 1,
+    round_index: int = 0,
+    slots: int = 64,
+    max_prompt_tokens: int | None = None,
+    mesh: Mesh | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Samples:
+    """Samples a response to each prompt.
+
+    A prompt's sample depends on (seed, round_index, its prompt id, the copy's number) alone: not on the other prompts,
+    their order, `slots` or the mesh, up to floating-point ties.
+
+    Args:
+      prompts: lists of token ids, one token at least each.
+      temperature, top_k, top_p: see `SamplingFilter`; temperature 0 is greedy.
+      max_new_tokens: responses are cut there, without an invented stop token.
+      stop_ids: tokens that end a response (kept as its last token); by default the model's.
+      prompt_ids: non-negative numbers that name the prompts for the random stream; by default their position.
+      samples_per_prompt: copies of each prompt; the answers to prompt i are entries i*S .. i*S + S - 1.
+      slots: rows decoded together (fewer for fewer prompts).
+      max_prompt_tokens: the longest prompt to make room for; by default the longest given. Calls with the same value share
+        their compiled programs.
+      mesh: where the parameters live; None is a single device.
+      on_progress: called with the number of responses finished since the last call.
+    Raises:
+      ValueError: an empty prompt, a prompt longer than max_prompt_tokens, or a setting out of range.
+    """
+    choose = SamplingFilter(temperature, top_k, top_p)
+    if max_new_tokens < 1 or samples_per_prompt < 1 or slots < 1:
+        raise ValueError("max_new_tokens, samples_per_prompt and slots must be at least 1")
+    total = len(prompts) * samples_per_prompt
+    if total == 0:
+        return Samples([], np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.float32))
+    longest = max(len(prompt) for prompt in prompts)
+    if min(len(prompt) for prompt in prompts) == 0:
+        raise ValueError("a prompt is empty; it needs one token at least")
+    if max_prompt_tokens is not None and longest > max_prompt_tokens:
+        raise ValueError(f"a prompt has {longest} tokens, max_prompt_tokens is {max_prompt_tokens}")
+
+    ids = np.arange(len(prompts)) if prompt_ids is None else np.asarray(prompt_ids)
+    stops = tuple(model.config.stop_ids if stop_ids is None else stop_ids)
+    shards = 1 if mesh is None else mesh.shape["fsdp"]
+    slots = _round_up(min(slots, total), shards)
+    width = _round_up(max(1, slots // 4), shards)  # prompts that enter together
+    columns = bucket(max_prompt_tokens or longest) + max_new_tokens
+    programs = _programs(model, choose, stops, slots, columns, max_new_tokens, mesh)
+
+    # Neighbours in length enter together, so that a refill is padded little.
+    prompt_of = np.repeat(np.arange(len(prompts)), samples_per_prompt)
+    copy_of = np.tile(np.arange(samples_per_prompt), len(prompts))
+    queue = list(np.argsort([len(prompts[p]) for p in prompt_of], kind="stable")[::-1])
+
+    tokens: list[list[int]] = [[] for _ in range(total)]
+    finished, logps = np.zeros(total, bool), np.zeros(total, np.float32)
+    owner = np.full(slots, -1)
+
+    with partitioning.use_mesh(mesh):
+        state = programs.empty()
+        while queue or (owner >= 0).any():
+            free = np.flatnonzero(owner < 0)
+            while queue and len(free):
+                entering, queue = queue[: min(width, len(free))], queue[min(width, len(free)) :]
+                into, free = free[: len(entering)], free[len(entering) :]
+                owner[into] = entering
+                source = np.full(slots, -1, np.int32)
+                source[into] = np.arange(len(entering))
+                rows = [prompts[int(prompt_of[i])] for i in entering]
+                rows += [[0]] * (width - len(rows))
+                padded, lengths = pad_rows(rows, bucket(max(len(row) for row in rows)))
+                spread = np.zeros((2, width), np.uint32)
+                spread[:, : len(entering)] = ids[prompt_of[entering]], copy_of[entering]
+                keys = programs.keys(np.uint32(seed), np.uint32(round_index), *spread)
+                state = programs.fill(params, state, device.Refill(jnp.asarray(source), padded, lengths, keys))
+            enough = min(slots, (slots - int((owner >= 0).sum())) + width) if queue else slots
+            state = programs.decode(params, state, np.int32(enough))
+            busy, ended, sums, counts, drawn = jax.device_get(
+                (state.busy, state.finished, state.logps, state.produced, state.tokens)
+            )
+            done = np.flatnonzero((owner >= 0) & ~busy)
+            for slot in done:
+                tokens[owner[slot]] = drawn[slot, : counts[slot]].tolist()
+                finished[owner[slot]], logps[owner[slot]] = ended[slot], sums[slot]
+            owner[done] = -1
+            if on_progress is not None:
+                on_progress(len(done))
+    return Samples(tokens, np.array([len(t) for t in tokens], np.int32), finished, logps)

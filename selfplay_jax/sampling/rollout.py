@@ -1,0 +1,99 @@
+"""The responses of one round: sampled in chunks, each saved as it is done, joined at the end."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from selfplay_jax.data.templates import Template
+from selfplay_jax.data.tokens import Record
+from selfplay_jax.errors import Stopped
+from selfplay_jax.models.decoder import Model, Params
+from selfplay_jax.progress import progress
+from selfplay_jax.rounds import Responses, RoundFiles, chunks
+from selfplay_jax.sampling.generate import generate
+
+
+def rollout(
+    model: Model,
+    params: Params,
+    records: Sequence[Record],
+    files: RoundFiles,
+    template: Template,
+    settings: Any,
+    *,
+    samples_per_prompt: int,
+    seed: int,
+    mesh: Mesh,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Responses:
+    """S responses of θ_t to every record, read from disk where they lie there already.
+
+    `settings` are the config's `sampling` fields. Each chunk of prompts is sampled by itself, always alike, so a killed
+    rollout goes on with the next chunk and ends with the same responses.
+
+    Raises:
+      Stopped: `should_stop()` said so between two chunks.
+    """
+    ids = [record.id for record in records]
+    if files.responses_path().exists():
+        return files.load_responses(ids)
+    longest = max(len(record.prompt) for record in records)
+    parts = list(chunks(len(records), settings.chunk))
+    done = [files.responses_path(part).exists() for part, _ in parts]
+    total, ready = (
+        len(records) * samples_per_prompt,
+        sum(
+            (rows.stop - rows.start) * samples_per_prompt for (_, rows), there in zip(parts, done, strict=True) if there
+        ),
+    )
+    title = f"sampling round {files.round_index}"
+    with progress(title, total=total, unit="responses", start=ready) as bar:
+        for (part, rows), there in zip(parts, done, strict=True):
+            if there:
+                continue
+            if should_stop():
+                raise Stopped
+            chunk = records[rows]
+            samples = generate(
+                model,
+                params,
+                [record.prompt for record in chunk],
+                seed=seed,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                max_new_tokens=settings.max_new_tokens,
+                stop_ids=template.stop_ids,
+                prompt_ids=ids[rows],
+                samples_per_prompt=samples_per_prompt,
+                round_index=files.round_index,
+                slots=settings.slots,
+                max_prompt_tokens=longest,
+                mesh=mesh,
+                on_progress=bar.advance,
+            )
+            shape = (len(chunk), samples_per_prompt)
+            grouped = [samples.tokens[i : i + shape[1]] for i in range(0, len(samples.tokens), shape[1])]
+            responses = Responses(grouped, samples.finished.reshape(shape), samples.logps.reshape(shape))
+            texts = [template.decode(tokens) for tokens in samples.tokens]
+            files.save_responses(responses, chunk, texts, part)
+    files.join_parts(len(parts))
+    return files.load_responses(ids)
+
+
+def describe(responses: Responses, records: Sequence[Record]) -> dict[str, Any]:
+    """Lengths of targets and responses in tokens (means), the share that ended by themselves, and how many there are.
+
+    Summed log-probabilities favour short, cut responses, so a run whose lengths drift apart shows it here.
+    """
+    return {
+        "target_length": float(np.mean([len(record.target) for record in records])),
+        "generated_length": float(np.mean(responses.lengths)),
+        "finished_share": float(np.mean(responses.finished)),
+        "same_as_target_share": float(
+            np.mean([z == r.target for r, row in zip(records, responses.tokens, strict=True) for z in row])
+        ),
+        "count": int(responses.finished.size),
+    }

@@ -1,0 +1,349 @@
+"""Training one round: optimizer, train state, the jitted step, and going on where a killed run left off."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from selfplay_jax import metrics as metrics_files
+from selfplay_jax import partitioning
+from selfplay_jax.checkpoints import Checkpoints, abstract_like
+from selfplay_jax.errors import Stopped, UserError
+from selfplay_jax.groups import Array, Group, Tokens, batches, epoch_order, pack, padding_share
+from selfplay_jax.logprobs import response_logps
+from selfplay_jax.methods import Objective
+from selfplay_jax.metrics import MetricsWriter
+from selfplay_jax.models.decoder import Model, Params
+from selfplay_jax.progress import progress
+
+# Checkpoints inside rounds are numbered (round + 1) * STRIDE + step, so that a later one has a larger number.
+STRIDE = 10_000_000
+
+
+class TrainState(NamedTuple):
+    """params and optimizer state of a round, and the number of steps taken in it (int32 scalar)."""
+
+    params: Params
+    opt_state: Any
+    step: Array
+
+
+class Batch(NamedTuple):
+    """B groups with what the frozen players said of them; every leaf has B first.
+
+    players [B, J, K] float32; present [B, K] bool: responses to train on; real [B] bool: not a filler row.
+    """
+
+    group: Group
+    players: Array
+    present: Array
+    real: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All that a round trains on: one row per prompt, one column per source.
+
+    prompts, targets: N lists of ids. opponents: by opposing round (newest first) the S responses to each prompt;
+    usable: the same as bool [N, S]. players: by source ([target, *opponents]) float32 [J, N, S_source].
+    """
+
+    prompts: Sequence[Tokens]
+    targets: Sequence[Tokens]
+    opponents: Sequence[Sequence[Sequence[Tokens]]]
+    usable: Sequence[np.ndarray]
+    players: Sequence[np.ndarray]
+
+    def batch(self, rows: np.ndarray, *, size: int, epoch: int, per_round: int) -> Batch:
+        """The groups of `rows`, filled up to `size` rows; of a round's S samples each epoch takes the next `per_round`."""
+        filled = np.resize(rows, size)
+        real = np.arange(size) < len(rows)
+        columns = [[[self.targets[n]] for n in filled]]
+        present = [np.ones((size, 1), bool)]
+        players = [self.players[0][:, filled]]
+        for responses, usable, scores in zip(self.opponents, self.usable, self.players[1:], strict=True):
+            taken = (epoch * per_round + np.arange(per_round)) % usable.shape[1]
+            columns.append([[responses[n][s] for s in taken] for n in filled])
+            present.append(usable[np.ix_(filled, taken)])
+            players.append(scores[:, filled][:, :, taken])
+        responses = [[z for column in columns for z in column[b]] for b in range(size)]
+        scores = np.moveaxis(np.concatenate(players, axis=-1), 0, 1).astype(np.float32)
+        group = pack([self.prompts[n] for n in filled], responses)
+        return Batch(group, scores, np.concatenate(present, axis=-1) & real[:, None], real)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a round is trained: the `train` (or `sft`) fields of the config; hashable."""
+
+    epochs: int
+    batch_size: int
+    accumulate: int
+    optimizer: str
+    b1: float
+    b2: float
+    eps: float
+    decay: float
+    weight_decay: float
+    clip_norm: float
+    learning_rate: float
+    schedule: str
+    warmup: float
+    checkpoint_every: int
+
+    def learning_rates(self, steps: int) -> np.ndarray:
+        """The learning rate of every step of a round, float64 [steps]; linear and cosine end at 0."""
+        warmup = round(self.warmup * steps)
+        peak, rest = self.learning_rate, max(steps - warmup, 1)
+        decay = {
+            "constant": optax.constant_schedule(peak),
+            "linear": optax.linear_schedule(peak, 0.0, rest),
+            "cosine": optax.cosine_decay_schedule(peak, rest),
+        }[self.schedule]
+        # The first step of a warm-up takes peak / warmup, not 0: a step that moves nothing is a step lost.
+        rise = np.arange(1, warmup + 1) / max(warmup, 1) * peak
+        return np.concatenate([rise, np.asarray(jax.vmap(decay)(jnp.arange(rest)))])[:steps]
+
+    def transform(self) -> optax.GradientTransformation:
+        """The optimizer at learning rate 1: the step multiplies by its rate, so no rate is compiled in."""
+        if self.optimizer == "adamw":
+            core = optax.adamw(1.0, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay)
+        elif self.optimizer == "rmsprop":
+            core = optax.rmsprop(1.0, decay=self.decay, eps=self.eps)
+            if self.weight_decay:
+                core = optax.chain(core, optax.add_decayed_weights(-self.weight_decay))
+        else:
+            core = optax.adafactor(1.0, weight_decay_rate=self.weight_decay or None)
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), core) if self.clip_norm else core
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted pieces of training for one model, objective, settings and mesh.
+
+    init: params -> TrainState. step: (state, batch, learning rate) -> (state, metrics).
+    shardings: those of the TrainState; rows: that of a batch.
+    """
+
+    init: Callable[[Params], TrainState]
+    step: Callable[[TrainState, Batch, np.float32], tuple[TrainState, dict[str, jax.Array]]]
+    shardings: TrainState
+    rows: NamedSharding
+    abstract: TrainState
+
+
+def batch_loss(
+    model: Model, objective: Objective, params: Params, batch: Batch, mean_tokens: jax.Array, count: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The part of a batch's loss that these rows carry: their losses' sum over the whole batch's `count` prompts.
+
+    Microbatches' parts add up to the batch's loss, metrics too.
+    """
+    policy = response_logps(model, params, batch.group)
+    players = jnp.moveaxis(batch.players, 1, 0)
+    loss, compared, metrics = objective(policy, players, batch.present, mean_tokens)
+    rows = compared & batch.real
+
+    def share(values: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(rows, values, 0.0)) / count
+
+    return share(loss), {name: share(values) for name, values in metrics.items()}
+
+
+def _microbatches(batch: Batch, accumulate: int) -> Batch:
+    """[B, ...] -> [M, B / M, ...], row b into microbatch b mod M: rows stay on the devices they are on."""
+
+    def split(leaf: jax.Array) -> jax.Array:
+        return jnp.swapaxes(leaf.reshape(leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _step(
+    model: Model,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    accumulate: int,
+    state: TrainState,
+    batch: Batch,
+    learning_rate: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    tokens = jnp.sum(jnp.where(batch.real, batch.group.response_lengths[:, 0], 0))
+    mean_tokens = tokens / jnp.maximum(jnp.sum(batch.real), 1)
+    # With opponents' responses cut and dropped a prompt may have nothing to compare; the mean is over the others.
+    usable = batch.real & jnp.any(batch.present[:, -max(batch.present.shape[1] - 1, 1) :], axis=-1)
+    count = jnp.maximum(jnp.sum(usable), 1).astype(jnp.float32)
+    gradient = jax.value_and_grad(functools.partial(batch_loss, model, objective), has_aux=True)
+    if accumulate == 1:
+        (loss, metrics), grads = gradient(state.params, batch, mean_tokens, count)
+    else:
+        parts = _microbatches(batch, accumulate)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), mean_tokens, count),
+        )
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(state.params, part, mean_tokens, count)), None
+
+        ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, parts)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda u: (learning_rate * u).astype(u.dtype), updates)
+    moved = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    # A bad step changes nothing, so that the state to be saved is the last good one.
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+    norms = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "update_norm": optax.global_norm(updates),
+        "finite": finite,
+    }
+    return kept, {**metrics, **norms}
+
+
+def _state_shardings(abstract: TrainState, params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Optimizer moments lie like their parameters; what has another shape (counts, factored moments) is whole."""
+    whole = partitioning.replicated(mesh)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, abstract.params, is_leaf=lambda x: hasattr(x, "shape"))
+    like = jax.tree.map(lambda s, shape: (s, shape), params, shapes, is_leaf=lambda x: isinstance(x, NamedSharding))
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda leaf, pair: pair[0] if leaf.shape == pair[1] else whole,
+        abstract.opt_state,
+        like,
+        transform_non_params=lambda leaf: whole,
+    )
+    return TrainState(params, opt_state, whole)
+
+
+@functools.lru_cache(maxsize=8)
+def programs(model: Model, objective: Objective, settings: Settings, mesh: Mesh) -> Programs:
+    """Builds (or recalls) the jitted pieces; rounds that differ in nothing else share them."""
+    optimizer = settings.transform()
+
+    def init(params: Params) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+    abstract = jax.eval_shape(init, model.abstract_params())
+    param_shardings = partitioning.tree_shardings(model.logical_axes(), abstract.params, mesh)
+    shardings = _state_shardings(abstract, param_shardings, optimizer, mesh)
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    whole = partitioning.replicated(mesh)
+    step = functools.partial(_step, model, objective, optimizer, settings.accumulate)
+    return Programs(
+        init=jax.jit(init, in_shardings=(param_shardings,), out_shardings=shardings),
+        step=jax.jit(step, in_shardings=(shardings, rows, whole), out_shardings=(shardings, whole), donate_argnums=0),
+        shardings=shardings,
+        rows=rows,
+        abstract=abstract_like(abstract, shardings),
+    )
+
+
+def schedule(count: int, settings: Settings, *, seed: int, round_index: int) -> list[tuple[int, np.ndarray]]:
+    """Every step of a round as (epoch, rows); fixed by (seed, round, epoch)."""
+
+    def steps() -> Iterator[tuple[int, np.ndarray]]:
+        for epoch in range(settings.epochs):
+            order = epoch_order(count, seed=seed, round_index=round_index, epoch=epoch)
+            for rows in batches(order, settings.batch_size):
+                yield epoch, rows
+
+    return list(steps())
+
+
+def train(
+    model: Model,
+    params: Params,
+    table: Table,
+    objective: Objective,
+    settings: Settings,
+    *,
+    mesh: Mesh,
+    seed: int,
+    round_index: int,
+    opponents_per_prompt: int,
+    checkpoints: Checkpoints,
+    directory: epath.Path,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Params:
+    """Trains a round from `params`, or from the newest state saved inside it; `directory` gets its metrics.
+
+    Raises:
+      Stopped: `should_stop()` said so; the state is saved.
+      UserError: the loss is not finite; the last saved state is as it was.
+    """
+    steps = schedule(len(table.prompts), settings, seed=seed, round_index=round_index)
+    rates = settings.learning_rates(len(steps))
+    parts = programs(model, objective, settings, mesh)
+    shards = mesh.shape["fsdp"] * settings.accumulate
+    size = -(-settings.batch_size // shards) * shards
+    base = (round_index + 1) * STRIDE
+
+    saved = checkpoints.state_step()
+    resumed = saved is not None and base <= saved < base + STRIDE
+    start = saved - base if saved is not None and resumed else 0
+    state = checkpoints.load_state(base + start, parts.abstract) if resumed else parts.init(params)
+    name = "SFT" if round_index < 0 else f"training round {round_index}"
+    with (
+        partitioning.use_mesh(mesh),
+        MetricsWriter(directory, resume_step=start) as writer,
+        progress(name, total=len(steps), unit="steps", start=start) as bar,
+    ):
+        for number in range(start, len(steps)):
+            stopping = should_stop()
+            if number > start and (stopping or number % settings.checkpoint_every == 0):
+                checkpoints.save_state(base + number, state)
+            if stopping:
+                raise Stopped
+            epoch, rows = steps[number]
+            batch = table.batch(rows, size=size, epoch=epoch, per_round=opponents_per_prompt)
+            state, row = _one_step(parts, state, batch, float(rates[number]))
+            if not row.pop("finite"):
+                raise UserError(
+                    f"the loss is not finite at step {number + 1} of {name} (loss {row['loss']}, gradient norm "
+                    f"{row['grad_norm']}); the last saved state is untouched. Lower the learning rate."
+                )
+            writer.write({"kind": "train", "round": round_index, "step": number + 1, "epoch": epoch, **row})
+            bar.update_text(f"loss {row['loss']:.4f}")
+            bar.advance()
+    if start < len(steps):
+        checkpoints.save_state(base + len(steps), state)
+    return state.params
+
+
+def _one_step(parts: Programs, state: TrainState, batch: Batch, rate: float) -> tuple[TrainState, dict[str, float]]:
+    """Takes a step and waits for it; the row of metrics has what the device and the clock say."""
+    began = time.perf_counter()
+    state, metrics = parts.step(state, jax.device_put(batch, parts.rows), np.float32(rate))
+    row = {key: float(value) for key, value in jax.device_get(metrics).items()}
+    tokens = int(batch.group.prompt_lengths.sum() + batch.group.response_lengths.sum())
+    row["learning_rate"] = rate
+    row["tokens_per_second"] = tokens / (time.perf_counter() - began)
+    row["padding_share"] = padding_share(batch.group)
+    return state, row
+
+
+def summarise(directory: epath.Path) -> dict[str, Any]:
+    """A round's metrics in sum: steps, padding_share, and under `train` each metric's mean over the last epoch."""
+    rows = [row for row in metrics_files.read(directory / "metrics.jsonl") if row["kind"] == "train"]
+    if not rows:
+        return {"steps": 0}
+    last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    names = [name for name in rows[-1] if name not in ("kind", "round", "step", "epoch", "time", "padding_share")]
+    means = {name: float(np.mean([row[name] for row in last])) for name in names}
+    return {
+        "steps": rows[-1]["step"],
+        "padding_share": float(np.mean([row["padding_share"] for row in rows])),
+        "train": {**means, "loss_first": rows[0]["loss"], "loss_last": rows[-1]["loss"]},
+    }
