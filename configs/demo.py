@@ -1,7 +1,7 @@
 """The scale of the default presets: the built-in game, a few minutes on a laptop's CPU.
 
-A tiny base model that knows a skill among many bad habits is fine-tuned on 100 clean examples, then plays. Every method gets the
-same data, steps and learning rate; only the loss differs. See README for what came out.
+A tiny base model that knows a skill among many bad habits is fine-tuned on 100 clean examples, then plays. Every
+method gets the same data, steps and learning rate; only the loss differs. See README for what came out.
 """
 
 from ml_collections import ConfigDict

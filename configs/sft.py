@@ -2,7 +2,8 @@
 
     python -m selfplay_jax.main --config=configs/sft.py
 
-Each round is one more pass over the targets, evaluated like a round of play: no responses are sampled and no player judges.
+Each round is one more pass over the targets, evaluated like a round of play: no responses are sampled and no player
+judges.
 """
 
 from ml_collections import ConfigDict

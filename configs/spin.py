@@ -2,8 +2,8 @@
 
     python -m selfplay_jax.main --config=configs/spin.py
 
-Round t trains θ_{t+1} to tell the target from θ_t's own answers, judged against θ_t. As in the authors' code, rounds after
-the first take the answers of the last two rounds (`mix_previous`).
+Round t trains θ_{t+1} to tell the target from θ_t's own answers, judged against θ_t. As in the authors' code, rounds
+after the first take the answers of the last two rounds (`mix_previous`).
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     python -m selfplay_jax.main --config=configs/tspin.py
 
-Each comparison is a triple: the target, an answer of θ_t, and θ_0's answer to the same prompt as a fixed anchor. No frozen
-player judges, unless `reference` asks for SPIN's reward.
+Each comparison is a triple: the target, an answer of θ_t, and θ_0's answer to the same prompt as a fixed anchor. No
+frozen player judges, unless `reference` asks for SPIN's reward.
 """
 
 from ml_collections import ConfigDict

@@ -103,7 +103,7 @@ def base() -> ConfigDict:
                 "greedy": True,
                 "samples_per_prompt": 4,  # at temperature 1; 0: none
                 "batch_size": 128,
-                "select": "target_logp",  # what "best" means, on the validation examples: target_logp or sampled_accuracy
+                "select": "target_logp",  # or "sampled_accuracy": what "best" means, on the validation examples
             },
             "mesh": {"fsdp": -1, "tensor": 1},
             "compilation_cache": "~/.cache/selfplay_jax/xla",  # "" turns it off
@@ -153,6 +153,9 @@ def flat(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, 
 
 def unknown_field(name: str, config: ConfigDict) -> UserError:
     """The error for an override of a field that does not exist."""
+    if isinstance(config.get(name), ConfigDict):
+        fields = ", ".join(f"config.{name}.{field}" for field in config[name])
+        return UserError(f"config.{name} is a section, not a field; it has {fields or 'no fields'}.")
     names = [*flat(config), *(key for key, value in config.items() if isinstance(value, ConfigDict))]
     tails = [field for field in names if field.split(".")[-1] == name.split(".")[-1]]
     close = tails or difflib.get_close_matches(name, names, n=3, cutoff=0.5)

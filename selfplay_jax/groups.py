@@ -1,4 +1,5 @@
-"""A group: one prompt and its K responses, padded to a bucket. Everything that is trained or scored is a batch of groups.
+"""A group: one prompt and its K responses, padded to a bucket. Everything that is trained or scored is a batch of
+groups.
 
 Token ids are right-padded with 0 and every mask is made from lengths, never from ids, so a pad id that equals an end
 token, or an end token inside a prompt, means nothing here.

@@ -16,13 +16,13 @@ def _chunk(length: int, limit: int) -> int:
 def token_logps(model: Model, params: Params, group: Group) -> jax.Array:
     """log π(response token | prompt, earlier tokens), float32 [B, K, R]; 0 at padding.
 
-    The output projection and its log-softmax run over chunks of `model.logits_chunk` positions and are recomputed in the
-    backward pass, so logits [B, K, R, V] never exist at once.
+    The output projection and its log-softmax run over chunks of `model.logits_chunk` positions and are recomputed in
+    the backward pass, so logits [B, K, R, V] never exist at once.
     """
     decoder = model.bind(params)
     hidden = group_hidden(decoder, group.prompt, group.prompt_lengths, group.responses)
     weights = decoder.output_matrix()
-    batch, count, length, size = hidden.shape
+    batch, count, length, _ = hidden.shape
     chunk = _chunk(length, model.logits_chunk)
 
     def split(x: jax.Array) -> jax.Array:

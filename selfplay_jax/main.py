@@ -41,11 +41,16 @@ def read_flags(argv: Sequence[str]) -> tuple[Any, str]:
 
 
 def _check_file(file: pathlib.Path) -> None:
-    if file.is_file():
+    if _defines_a_config(file):
         return
     folder = file.parent if file.parent.is_dir() else pathlib.Path("configs")
-    there = ", ".join(sorted(str(path) for path in folder.glob("*.py")))
-    raise UserError(f"there is no config file {file}; in {folder}/ there are: {there or 'none'}.")
+    there = ", ".join(sorted(str(path) for path in folder.glob("*.py") if _defines_a_config(path)))
+    problem = f"{file} defines no get_config" if file.is_file() else f"there is no config file {file}"
+    raise UserError(f"{problem}; in {folder}/ there are: {there or 'none'}.")
+
+
+def _defines_a_config(file: pathlib.Path) -> bool:
+    return file.is_file() and file.suffix == ".py" and b"def get_config(" in file.read_bytes()
 
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:

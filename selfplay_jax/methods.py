@@ -87,9 +87,10 @@ def _newest(round_index: int, count: int) -> tuple[int, ...]:
 class Method:
     """One row.
 
-    fields: the loss's own config fields. opponents, players: from (fields, round, window) the rounds whose responses oppose
-    (newest first) and the checkpoints that judge. loss: from (columns, fields) the loss and metrics per comparison,
-    [B, M]. compared: from the presence of each opponent's responses, [B, O] each, that of the M comparisons.
+    fields: the loss's own config fields. opponents, players: from (fields, round, window) the rounds whose responses
+    oppose (newest first) and the checkpoints that judge. loss: from (columns, fields) the loss and metrics per
+    comparison, [B, M]. compared: from the presence of each opponent's responses, [B, O] each, that of the M
+    comparisons.
     """
 
     fields: frozenset[str]
@@ -136,7 +137,7 @@ METHODS: dict[str, Method] = {
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A method with its fields, for a number of opposing rounds: hashable, so that a training step is compiled once for it."""
+    """A method with its fields, for a number of opposing rounds: hashable, so that a step is compiled once for it."""
 
     method: str
     fields: tuple[tuple[str, Any], ...]
@@ -159,21 +160,29 @@ class Objective:
         Returns:
           loss [B] (0 for a prompt with nothing to compare), bool [B] whether there was something, metrics [B] each.
         """
-        row = METHODS[self.method]
-        cut = [1] if self.opponents else []
-        cut += [1 + i * (policy.shape[-1] - 1) // self.opponents for i in range(1, self.opponents)]
-        target, *opponents = jnp.split(policy, cut, axis=-1)
-        player_target, *player_opponents = jnp.split(players, cut, axis=-1)
-        there, *others = jnp.split(present, cut, axis=-1)
-        loss, metrics = row.loss(
+        # A response that is not there passes nothing on, not even as 0 * inf in a gradient.
+        policy, players = jnp.where(present, policy, 0.0), jnp.where(present[None], players, 0.0)
+        target, *opponents = self._split(policy)
+        player_target, *player_opponents = self._split(players)
+        loss, metrics = METHODS[self.method].loss(
             Columns(target, tuple(opponents), player_target, tuple(player_opponents), mean_target_tokens),
             dict(self.fields),
         )
-        compared = there & row.compared(tuple(others)) if others else there
+        compared = self.comparisons(present)
         return (
             *masked_mean(loss, compared),
             {name: masked_mean(m, compared)[0] for name, m in metrics.items()},
         )
+
+    def comparisons(self, present: jax.Array) -> jax.Array:
+        """From bool [B, 1 + opponents * O], which of a prompt's M comparisons can be made, bool [B, M]."""
+        target, *opponents = self._split(present)
+        return target & METHODS[self.method].compared(tuple(opponents)) if opponents else target
+
+    def _split(self, columns: jax.Array) -> list[jax.Array]:
+        """[..., 1 + opponents * O] -> the target's column and those of each opposing round."""
+        width = (columns.shape[-1] - 1) // max(self.opponents, 1)
+        return jnp.split(columns, [1 + i * width for i in range(self.opponents)], axis=-1)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -200,6 +209,8 @@ def check_fields(method: str, fields: Fields) -> None:
     for name in fields:
         if name not in known:
             raise UserError(f"config.loss.{name} is no field of {method}; it has {', '.join(sorted(known))}.")
+    for name in sorted(known - set(fields)):
+        raise UserError(f"config.loss.{name} is missing; {method} needs it.")
     kind = fields.get("kind", losses.LOSS_KINDS[0])
     if kind not in losses.LOSS_KINDS:
         raise UserError(f"config.loss.kind={kind!r} is not one of {', '.join(losses.LOSS_KINDS)}.")

@@ -1,8 +1,8 @@
 """The mesh, and the one table that says which mesh axis a logical axis is cut over.
 
-Parameters and activations name their axes logically ("embed", "heads", "batch", ...). `RULES` turns a logical name into a
-mesh axis; everything else here turns tuples of names into shardings. A dimension that its mesh axis does not divide
-stays whole (two key/value heads on four tensor devices, say), so every layout computes the same numbers.
+Parameters and activations name their axes logically ("embed", "heads", "batch", ...). `RULES` turns a logical name
+into a mesh axis; everything else here turns tuples of names into shardings. A dimension that its mesh axis does not
+divide stays whole (two key/value heads on four tensor devices, say), so every layout computes the same numbers.
 """
 
 import math

@@ -97,7 +97,7 @@ class RoundFiles:
     def save_responses(
         self, responses: Responses, records: Sequence[Any], texts: Sequence[str], part: int | None = None
     ) -> None:
-        """Writes responses to `records` (which name id and prompt_text); `texts` are the responses as people read them."""
+        """Writes responses to `records` (which name id and prompt_text); `texts` are the responses for people."""
         count = responses.finished.shape[1]
         rows = {
             "id": [record.id for record in records for _ in range(count)],
@@ -165,7 +165,7 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
-        temporary.rename(path)
+        temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -1,7 +1,7 @@
 """The score table: log π_j(z|x) of frozen player j on the responses of one source, computed once ever.
 
-A cell (player, source) never changes: source TARGET is the annotated answers, source s the responses of round s. It can first
-be needed in round max(player, source), and lies in that round's directory. Later rounds read it.
+A cell (player, source) never changes: source TARGET is the annotated answers, source s the responses of round s. It
+can first be needed in round max(player, source), and lies in that round's directory. Later rounds read it.
 """
 
 import functools
@@ -15,7 +15,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from selfplay_jax import partitioning
-from selfplay_jax.errors import Stopped
 from selfplay_jax.groups import Tokens, pack
 from selfplay_jax.logprobs import response_logps
 from selfplay_jax.models.decoder import Model, Params
@@ -43,8 +42,8 @@ def score(
 ) -> np.ndarray:
     """log π(response | prompt) of K responses to each of N prompts under one parameter tree, float32 [N, K].
 
-    Prompts are taken in the order of their lengths, so that batches are padded little; batches are always full (the last is
-    filled with copies), so that there are few shapes.
+    Prompts are taken in the order of their lengths, so that batches are padded little; batches are always full (the
+    last is filled with copies), so that there are few shapes.
     """
     count, width = len(prompts), len(responses[0])
     result = np.zeros((count, width), np.float32)
@@ -63,7 +62,7 @@ def score(
 
 
 class ScoreTable:
-    """The cells of one run. Those that one pass computed lie in one file, so that they are there together or not at all."""
+    """The cells of one run. What one pass computed lies in one file, so that it is there together or not at all."""
 
     def __init__(self, workdir: epath.PathLike):
         self._workdir = workdir
@@ -96,16 +95,13 @@ class ScoreTable:
         mesh: Mesh,
         batch_size: int,
         chunk: int,
-        should_stop: Callable[[], bool] = lambda: False,
+        check_stop: Callable[[], None] = lambda: None,
         on_progress: Callable[[int], None] = lambda count: None,
     ) -> None:
         """Computes the cells (player, source) for every source in `responses`, all in one pass over the prompts.
 
         `responses[source][n]` are the S responses to prompt n. Work is saved every `chunk` prompts; a killed pass goes
-        on from there.
-
-        Raises:
-          Stopped: `should_stop()` said so between two chunks.
+        on from there. `check_stop` is called before each chunk and may raise.
         """
         sources = sorted(responses)
         path = self._path(player, max(sources))
@@ -115,8 +111,7 @@ class ScoreTable:
         for part, rows in chunks(len(prompts), chunk):
             file = parts / f"part_{part:05d}.npy"
             if not file.exists():
-                if should_stop():
-                    raise Stopped
+                check_stop()
                 values = score(model, params, prompts[rows], columns[rows], mesh=mesh, batch_size=batch_size)
                 write_array(file, values)
             pieces.append(read_array(file))

@@ -1,7 +1,7 @@
 """The game: SFT, then rounds of sampling, scoring, training and evaluating. Reads as the papers' algorithm does.
 
-Every phase first looks whether its result is on disk already, so the loop that starts a run is also the one that goes on
-with it after any kill.
+Every phase first looks whether its result is on disk already, so the loop that starts a run is also the one that goes
+on with it after any kill.
 """
 
 import dataclasses
@@ -84,10 +84,9 @@ def play(config: Any, workdir: epath.PathLike, should_stop: Callable[[], bool] =
     check_fields(config.method, config.loss)
     workdir = epath.Path(workdir)
     _claim(workdir, config)
-    game, initial = _set_up(config, workdir, should_stop)
+    game = _set_up(config, workdir, should_stop)
     try:
-        warm_up(game, initial)
-        del initial
+        warm_up(game)
         for t in range(config.rounds):
             play_round(game, t)
         export(game)
@@ -114,14 +113,12 @@ def _claim(workdir: epath.Path, config: Any) -> None:
     metrics.write_json(path, json.loads(config.to_json()))
 
 
-def _set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) -> tuple[Game, Params]:
-    """Reads model, tokenizer and data; returns the game and the model's parameters as they were brought."""
+def _set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) -> Game:
+    """Reads tokenizer, data and the model's configuration; its weights are read when θ_0 is not there yet."""
     mesh = partitioning.make_mesh(config.mesh.fsdp, config.mesh.tensor)
     path = str(builtin.BASE) if config.model.path == "builtin" else config.model.path
     fields = {name: value for name, value in config.model.items() if name != "path"}
     model = Model(read_config(path), **fields)
-    shardings = partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh)
-    _, params = load_hf(path, param_dtype=model.param_dtype, shardings=shardings)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, model.config.vocab_size)
     template = Template.from_tokenizer(tokenizer, config.data.template, stop_ids=model.config.stop_ids)
@@ -141,7 +138,7 @@ def _set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) -
             say(f"{name}: " + ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in lost.items()))
     if task.counts["bad_records_skipped"]:
         say(f"{task.counts['bad_records_skipped']} bad records skipped")
-    return game, params
+    return game
 
 
 class Clock:
@@ -160,12 +157,13 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
 
-def warm_up(game: Game, params: Params) -> None:
+def warm_up(game: Game) -> None:
     """Makes θ_0: supervised fine-tuning of the brought model when asked for, else the brought model itself."""
     files, clock = RoundFiles(game.workdir, SFT), Clock()
     if files.summary() is not None:
         return
     task, config = game.task, game.config
+    _, params = load_hf(game.source, param_dtype=game.model.param_dtype, shardings=game.shardings)
     if config.sft.epochs:
         no_players = _player_scores(game, (), [TARGET], 1)
         targets = Table([r.prompt for r in task.train], [r.target for r in task.train], [], [], no_players)
@@ -195,11 +193,12 @@ def play_round(game: Game, t: int) -> None:
             answers[t] = rollout(
                 game.model, game.for_decoding(params), records, files, game.template, config.sampling,
                 samples_per_prompt=config.samples_per_prompt, seed=config.seed, mesh=game.mesh,
-                should_stop=game.should_stop,
+                check_stop=game.check_stop,
             )  # fmt: skip
         summary["responses"] = describe(answers[t], records)
     with clock.time("score"):
-        summary["cells"] = judge(game, row.players, {s: answers[s].tokens for s in row.opponents})
+        responses = {s: answers[s].tokens for s in row.opponents}
+        summary["cells"] = judge(game, row.players, responses, known={t: params})
     table = Table(
         prompts=[record.prompt for record in records],
         targets=[record.target for record in records],
@@ -212,25 +211,27 @@ def play_round(game: Game, t: int) -> None:
     finish(game, files, clock, params, index=t + 1, summary=summary)
 
 
-def judge(game: Game, players: tuple[int, ...], responses: dict[int, Any]) -> dict[str, int]:
-    """Fills the cells of the score table that the round needs and that no round has filled; counts both kinds."""
+def judge(game: Game, players: tuple[int, ...], responses: dict[int, Any], known: dict[int, Params]) -> dict[str, int]:
+    """Fills the cells of the score table that the round needs and that no round has filled; counts both kinds.
+
+    `known` are players that are in memory; the others are restored one at a time.
+    """
     records, config = game.task.train, game.config
     sources = [TARGET, *responses]
     columns = {TARGET: [[record.target] for record in records], **responses}
     missing = game.scores.missing(players, sources)
     for player, wanted in missing.items():
-        game.check_stop()
         with progress(f"scoring with player {player}", total=len(records), unit="prompts") as bar:
             game.scores.fill(
                 player,
                 {source: columns[source] for source in wanted},
                 [record.prompt for record in records],
                 model=game.model,
-                params=game.player(player),
+                params=known[player] if player in known else game.player(player),
                 mesh=game.mesh,
                 batch_size=config.scoring.batch_size,
                 chunk=config.scoring.chunk,
-                should_stop=game.should_stop,
+                check_stop=game.check_stop,
                 on_progress=bar.advance,
             )
     computed = sum(len(wanted) for wanted in missing.values())
@@ -244,11 +245,10 @@ def finish(game: Game, files: RoundFiles, clock: Clock, params: Params, *, index
         result = {"theta": index}
         last = files.round_index == config.rounds - 1
         if config.evaluation.every and (index % config.evaluation.every == 0 or last):
-            game.check_stop()
             with clock.time("evaluate"):
                 result |= evaluate(
                     game.model, params, game.for_decoding(params), game.task.test, game.task.validation,
-                    game.template, config, mesh=game.mesh,
+                    game.template, config, mesh=game.mesh, check_stop=game.check_stop,
                 )  # fmt: skip
         files.write("evaluation.json", result)
     with clock.time("save"):

@@ -63,7 +63,7 @@ class Table:
     players: Sequence[np.ndarray]
 
     def batch(self, rows: np.ndarray, *, size: int, epoch: int, per_round: int) -> Batch:
-        """The groups of `rows`, filled up to `size` rows; of a round's S samples each epoch takes the next `per_round`."""
+        """The groups of `rows`, filled up to `size`; of a round's S samples each epoch takes the next `per_round`."""
         filled = np.resize(rows, size)
         real = np.arange(size) < len(rows)
         columns = [[[self.targets[n]] for n in filled]]
@@ -179,7 +179,7 @@ def _step(
     tokens = jnp.sum(jnp.where(batch.real, batch.group.response_lengths[:, 0], 0))
     mean_tokens = tokens / jnp.maximum(jnp.sum(batch.real), 1)
     # With opponents' responses cut and dropped a prompt may have nothing to compare; the mean is over the others.
-    usable = batch.real & jnp.any(batch.present[:, -max(batch.present.shape[1] - 1, 1) :], axis=-1)
+    usable = batch.real & jnp.any(objective.comparisons(batch.present), axis=-1)
     count = jnp.maximum(jnp.sum(usable), 1).astype(jnp.float32)
     gradient = jax.value_and_grad(functools.partial(batch_loss, model, objective), has_aux=True)
     if accumulate == 1:
@@ -242,7 +242,7 @@ def programs(model: Model, objective: Objective, settings: Settings, mesh: Mesh)
     whole = partitioning.replicated(mesh)
     step = functools.partial(_step, model, objective, optimizer, settings.accumulate)
     return Programs(
-        init=jax.jit(init, in_shardings=(param_shardings,), out_shardings=shardings),
+        init=jax.jit(init, in_shardings=(param_shardings,), out_shardings=shardings, donate_argnums=0),
         step=jax.jit(step, in_shardings=(shardings, rows, whole), out_shardings=(shardings, whole), donate_argnums=0),
         shardings=shardings,
         rows=rows,
@@ -279,6 +279,8 @@ def train(
 ) -> Params:
     """Trains a round from `params`, or from the newest state saved inside it; `directory` gets its metrics.
 
+    `params` are given away: their buffers are reused or freed, so that one parameter tree is in memory at a time.
+
     Raises:
       Stopped: `should_stop()` said so; the state is saved.
       UserError: the loss is not finite; the last saved state is as it was.
@@ -293,7 +295,11 @@ def train(
     saved = checkpoints.state_step()
     resumed = saved is not None and base <= saved < base + STRIDE
     start = saved - base if saved is not None and resumed else 0
-    state = checkpoints.load_state(base + start, parts.abstract) if resumed else parts.init(params)
+    if resumed:
+        jax.tree.map(lambda leaf: leaf.delete(), params)
+        state = checkpoints.load_state(base + start, parts.abstract)
+    else:
+        state = parts.init(params)
     name = "SFT" if round_index < 0 else f"training round {round_index}"
     with (
         partitioning.use_mesh(mesh),

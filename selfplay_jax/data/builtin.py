@@ -73,24 +73,17 @@ def problems(part: str, rng: random.Random) -> Iterator[Problem]:
 
 
 def worked(problem: Problem, rng: random.Random, slip: bool = False) -> str:
-    """A worked answer in a random one of 64 equivalent styles; with `slip` one result in it is wrong.
-
-    After a slip the text either breaks off with `?` or goes on with the wrong number.
-    """
+    """A worked answer in a random one of 64 equivalent styles; with `slip` it breaks off with `?` at a wrong number."""
     a, b, c = problem
     first, second = rng.choice(((a, b), (b, a)))
     tag, separator = rng.choice(TAGS), rng.choice(SEPARATORS)
-    error = [0, 0, 0]
+    numbers = [a + b, a + b - c, a + b - c]
+    pieces = [f"{tag}){first}+{second}=", f"{separator}{a + b}-{c}=", "#"]
+    last = rng.randrange(3) if slip else 2
     if slip:
-        error[rng.randrange(3)] = rng.choice(_SLIPS)
-    total = a + b + error[0]
-    result = total - c + error[1]
-    final = result + error[2]
-    pieces = [f"{tag}){first}+{second}={total}", f"{separator}{total}-{c}={result}", f"#{final}"]
-    if slip and rng.random() < 0.5:
-        broken = next(i for i, e in enumerate(error) if e)
-        return "".join(pieces[: broken + 1]) + "?"
-    return "".join(pieces)
+        numbers[last] += rng.choice(_SLIPS)
+    text = "".join(f"{piece}{number}" for piece, number in zip(pieces[: last + 1], numbers, strict=False))
+    return text + "?" if slip else text
 
 
 def guess(problem: Problem, rng: random.Random) -> str:

@@ -1,6 +1,6 @@
 """One checkpoint on the held-out records: greedy and sampled accuracy, log-likelihood of the annotated answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ def evaluate(
     config: Any,
     *,
     mesh: Mesh,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Numbers of one checkpoint, all with standard errors (`_se`) over prompts.
 
@@ -38,6 +39,7 @@ def evaluate(
     Args:
       params, decode_params: the same parameters, laid out for scoring and for decoding.
       config: the run's config.
+      check_stop: called now and then; may raise to end the evaluation.
     """
     settings = config.evaluation
     answers = Answers(settings.answer)
@@ -46,6 +48,11 @@ def evaluate(
     def accuracy(records: Sequence[Record], temperature: float, copies: int, prefix: str) -> None:
         name = f"{prefix}{'sampled' if temperature else 'greedy'}_accuracy"
         with progress(f"evaluating: {name}", total=len(records) * copies, unit="responses") as bar:
+
+            def advance(count: int) -> None:
+                bar.advance(count)
+                check_stop()
+
             samples = generate(
                 model,
                 decode_params,
@@ -57,7 +64,7 @@ def evaluate(
                 samples_per_prompt=copies,
                 slots=settings.batch_size,
                 mesh=mesh,
-                on_progress=bar.advance,
+                on_progress=advance,
             )
         texts = [template.decode(tokens) for tokens in samples.tokens]
         targets = [record.target_text for record in records for _ in range(copies)]
@@ -65,6 +72,7 @@ def evaluate(
         result[name], result[f"{name}_se"] = mean_and_error(right.reshape(len(records), copies).mean(axis=1))
 
     def likelihood(records: Sequence[Record], prefix: str) -> None:
+        check_stop()
         prompts, targets = [r.prompt for r in records], [[r.target] for r in records]
         logps = score(model, params, prompts, targets, mesh=mesh, batch_size=settings.batch_size)[:, 0]
         name = f"{prefix}target_logp"

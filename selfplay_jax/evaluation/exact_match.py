@@ -24,14 +24,18 @@ class Answers:
             raise UserError(f"config.evaluation.answer={pattern!r} needs a group, (...), around the answer.")
 
     def find(self, text: str) -> str | None:
-        """The answer of a text in canonical form (numbers without commas or trailing zeros), None where there is none."""
-        found = [match.group(1) for match in self._pattern.finditer(text)]
+        """The answer of a text in canonical form (numbers without commas or trailing zeros), None without one."""
+        found = [match.group(1) for match in self._pattern.finditer(text) if match.group(1) is not None]
         if not found:
             return None
         try:
-            return format(decimal.Decimal(found[-1].replace(",", "")).normalize(), "f")
+            number = decimal.Decimal(found[-1].replace(",", ""))
         except decimal.InvalidOperation:
             return found[-1].strip()
+        # Not `normalize`, which rounds to 28 digits: two long wrong numbers must not become one.
+        plain = format(number, "f") if abs(number.adjusted()) < 1000 else str(number)
+        plain = plain.rstrip("0").removesuffix(".") if "." in plain else plain
+        return "0" if plain == "-0" else plain
 
     def correct(self, texts: Sequence[str], targets: Sequence[str]) -> np.ndarray:
         """Whether each text ends in its target's answer, bool; a target without an answer is never met."""

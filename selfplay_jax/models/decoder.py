@@ -266,9 +266,9 @@ def decode_step(
 ) -> tuple[jax.Array, KVCache]:
     """One token for each of B slots: final hidden states [B, D] and the cache with the token's keys and values.
 
-    tokens and positions [B]. The cache is a ring: every slot writes at the one `column` (a scalar), and key c of a slot is
-    `(column - c) mod S` tokens old, so a slot sees the `positions + 1` newest columns. One common column keeps the write
-    a dynamic slice; slots that started at other times only differ in how far back they may look.
+    tokens and positions [B]. The cache is a ring: every slot writes at the one `column` (a scalar), and key c of a
+    slot is `(column - c) mod S` tokens old, so a slot sees the `positions + 1` newest columns. One common column
+    keeps the write a dynamic slice; slots that started at other times only differ in how far back they may look.
     """
     size = cache.key.shape[3]
     age = (column - jnp.arange(size)) % size

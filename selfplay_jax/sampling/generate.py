@@ -119,8 +119,8 @@ def generate(
       prompt_ids: non-negative numbers that name the prompts for the random stream; by default their position.
       samples_per_prompt: copies of each prompt; the answers to prompt i are entries i*S .. i*S + S - 1.
       slots: rows decoded together (fewer for fewer prompts).
-      max_prompt_tokens: the longest prompt to make room for; by default the longest given. Calls with the same value share
-        their compiled programs.
+      max_prompt_tokens: the longest prompt to make room for; by default the longest given. Calls with the same value
+      share their compiled programs.
       mesh: where the parameters live; None is a single device.
       on_progress: called with the number of responses finished since the last call.
     Raises:
@@ -149,7 +149,7 @@ def generate(
     # Neighbours in length enter together, so that a refill is padded little.
     prompt_of = np.repeat(np.arange(len(prompts)), samples_per_prompt)
     copy_of = np.tile(np.arange(samples_per_prompt), len(prompts))
-    queue = list(np.argsort([len(prompts[p]) for p in prompt_of], kind="stable")[::-1])
+    queue: list[int] = np.argsort([len(prompts[p]) for p in prompt_of.tolist()], kind="stable")[::-1].tolist()
 
     tokens: list[list[int]] = [[] for _ in range(total)]
     finished, logps = np.zeros(total, bool), np.zeros(total, np.float32)
@@ -165,7 +165,7 @@ def generate(
                 owner[into] = entering
                 source = np.full(slots, -1, np.int32)
                 source[into] = np.arange(len(entering))
-                rows = [prompts[int(prompt_of[i])] for i in entering]
+                rows: list[Sequence[int]] = [prompts[prompt_of[i]] for i in entering]
                 rows += [[0]] * (width - len(rows))
                 padded, lengths = pad_rows(rows, bucket(max(len(row) for row in rows)))
                 spread = np.zeros((2, width), np.uint32)

@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 
 from selfplay_jax.data.templates import Template
 from selfplay_jax.data.tokens import Record
-from selfplay_jax.errors import Stopped
 from selfplay_jax.models.decoder import Model, Params
 from selfplay_jax.progress import progress
 from selfplay_jax.rounds import Responses, RoundFiles, chunks
@@ -26,16 +25,19 @@ def rollout(
     samples_per_prompt: int,
     seed: int,
     mesh: Mesh,
-    should_stop: Callable[[], bool] = lambda: False,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Responses:
     """S responses of θ_t to every record, read from disk where they lie there already.
 
     `settings` are the config's `sampling` fields. Each chunk of prompts is sampled by itself, always alike, so a killed
-    rollout goes on with the next chunk and ends with the same responses.
-
-    Raises:
-      Stopped: `should_stop()` said so between two chunks.
+    rollout goes on with the first chunk that is not saved and ends with the same responses. `check_stop` is called now
+    and then and may raise.
     """
+
+    def advance(count: int) -> None:
+        bar.advance(count)
+        check_stop()
+
     ids = [record.id for record in records]
     if files.responses_path().exists():
         return files.load_responses(ids)
@@ -53,8 +55,6 @@ def rollout(
         for (part, rows), there in zip(parts, done, strict=True):
             if there:
                 continue
-            if should_stop():
-                raise Stopped
             chunk = records[rows]
             samples = generate(
                 model,
@@ -72,7 +72,7 @@ def rollout(
                 slots=settings.slots,
                 max_prompt_tokens=longest,
                 mesh=mesh,
-                on_progress=bar.advance,
+                on_progress=advance,
             )
             shape = (len(chunk), samples_per_prompt)
             grouped = [samples.tokens[i : i + shape[1]] for i in range(0, len(samples.tokens), shape[1])]

@@ -1,0 +1,143 @@
+"""Real processes, killed at any moment: the same command goes on and ends with the same bytes."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# One sampling chunk, one scoring chunk and one step are the grain; small enough that kills fall into all of them.
+_SMALL = [
+    "--config.rounds=2", "--config.data.examples=24", "--config.data.test_examples=16",
+    "--config.data.validation_examples=8", "--config.samples_per_prompt=2", "--config.opponents_per_prompt=1",
+    "--config.sft.epochs=2", "--config.sft.batch_size=4", "--config.train.epochs=2", "--config.train.batch_size=4",
+    "--config.train.checkpoint_every=3", "--config.sampling.chunk=6", "--config.sampling.slots=8",
+    "--config.scoring.chunk=6", "--config.scoring.batch_size=6", "--config.evaluation.samples_per_prompt=1",
+    "--config.evaluation.greedy=False", "--config.evaluation.batch_size=8",
+]  # fmt: skip
+
+
+def command(workdir, *more):
+    return [
+        sys.executable,
+        "-m",
+        "selfplay_jax.main",
+        "--config=configs/tpaw.py",
+        f"--workdir={workdir}",
+        *_SMALL,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One compilation cache for all processes of this module, so that a restart costs seconds."""
+    cache = tmp_path_factory.mktemp("xla")
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, environment):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(command(workdir), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=400)
+    began = time.monotonic()
+    again = tmp_path_factory.mktemp("whole") / "again"
+    subprocess.run(command(again), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=400)
+    assert weights(workdir) == weights(again)  # the run is deterministic in the first place
+    return workdir, time.monotonic() - began
+
+
+def weights(workdir):
+    return (workdir / "hf/final/model.safetensors").read_bytes()
+
+
+def train_steps(workdir, part):
+    rows = [json.loads(line) for line in (workdir / part / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if row["kind"] == "train"]
+
+
+def assert_same_run(workdir, whole):
+    for part in ("rounds/000", "rounds/001"):
+        mine, theirs = (pq.read_table(run / part / "responses.parquet") for run in (workdir, whole))
+        assert mine.equals(theirs), f"{part}: other responses"
+    for part in ("sft", "rounds/000", "rounds/001"):
+        assert train_steps(workdir, part) == list(range(1, 13)), f"{part}: a step is missing or doubled"
+    assert weights(workdir) == weights(whole)
+
+
+def test_killed_at_random_it_ends_with_the_same_parameters(tmp_path, environment, uninterrupted):
+    whole, seconds = uninterrupted
+    moments = random.Random(0)
+    workdir, kills = tmp_path / "run", 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            command(workdir), cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        try:
+            # Starting up takes the first part of a run's time; kills fall behind it, where there is something to lose.
+            _, errors = process.communicate(timeout=seconds * moments.uniform(0.3, 0.7))
+            assert process.returncode == 0, errors.decode()
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+    assert kills >= 2
+    last = subprocess.run(command(workdir), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert last.returncode == 0, last.stderr
+    assert_same_run(workdir, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75(tmp_path, environment, uninterrupted, number):
+    whole, _ = uninterrupted
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(workdir), cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    metrics = workdir / "sft/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "run the same command" in errors
+    done = len(train_steps(workdir, "sft"))
+    assert 2 <= done < 12  # it stopped inside the warm-up...
+    again = subprocess.run(command(workdir), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0, again.stderr
+    assert f"{done} already done" in again.stderr  # ...and repeated none of its steps
+    assert_same_run(workdir, whole)
+
+
+def test_a_finished_run_computes_nothing_again(tmp_path, environment, uninterrupted):
+    whole, _ = uninterrupted
+    before = {path: path.stat().st_mtime_ns for path in (whole / "rounds").rglob("*") if path.is_file()}
+    again = subprocess.run(command(whole), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0, again.stderr
+    assert "training" not in again.stderr and "sampling" not in again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (whole / "rounds").rglob("*") if path.is_file()}
+
+
+def test_another_config_in_the_same_workdir_is_refused_by_name(environment, uninterrupted):
+    whole, _ = uninterrupted
+    other = subprocess.run(
+        command(whole, "--config.loss.eta=3"), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert other.returncode == 1
+    assert "config.loss.eta is 6.0 there and 3.0 here" in other.stderr
+    assert other.stderr.count("\n") == 1
