@@ -3,8 +3,8 @@
     python benchmarks/players.py [--repeats=20]
 
 The groups are the same for every number of players (the target and three rounds' responses); only the number of frozen
-players whose log-probabilities weigh them changes. Steps of the three programs take turns, so that a machine whose speed drifts
-does so for all. Prints the median step time, its ratio to one player, and the compiled program's memory.
+players whose log-probabilities weigh them changes. Steps of the three programs take turns, so that a machine whose
+speed drifts does so for all. Prints the median step time, its ratio to one player, and the compiled program's memory.
 """
 
 import argparse

@@ -80,9 +80,7 @@ def test_overrides_of_every_type_and_the_workdir():
         ([f"--config={ROOT}/configs/demo.py"], r"demo\.py defines no get_config; .*spin\.py"),
         ([f"--config={ROOT}/pyproject.toml"], r"pyproject\.toml defines no get_config"),
         ([f"{TPAW}:dem"], r"no preset 'dem' \(did you mean demo\?\); it has demo"),
-        ([TPAW, "--config.train.learning_rat=1"], r"no field 'train\.learning_rat'; did you mean config\.train\.learning_rate"),
-        ([TPAW, "--config.learning_rate=1"], r"no field 'learning_rate'; did you mean .*config\.train\.learning_rate"),
-        ([SPIN, "--config.loss.eta=1"], r"no field 'loss\.eta'"),
+        ([TPAW, "--config.train.learning_rat=1"], r"no field 'train\.learning_rat'; did you mean config\.train\.learning_rate"), ([TPAW, "--config.learning_rate=1"], r"no field 'learning_rate'; did you mean .*config\.train\.learning_rate"), ([SPIN, "--config.loss.eta=1"], r"no field 'loss\.eta'"),
         ([TPAW, "--noconfig.loss.target_weightin"], r"did you mean config\.loss\.target_weighting"),
         ([TPAW, "--config.loss=1"], r"config\.loss is a section, not a field; it has .*config\.loss\.lam, "),
         ([TPAW, "--config.rounds=two"], r"config\.rounds.*two"),
@@ -175,7 +173,9 @@ def test_difference_names_the_field_and_both_values(override, says, tmp_path):
 
 def test_difference_of_methods_and_of_fields_that_only_one_has(tmp_path):
     spin, tpaw = main.read_flags([SPIN])[0], main.read_flags([TPAW])[0]
-    assert difference(recorded(spin, tmp_path), tpaw) == "config.loss.differentiate_weights is None there and False here"
+    assert (
+        difference(recorded(spin, tmp_path), tpaw) == "config.loss.differentiate_weights is None there and False here"
+    )
 
 
 def test_free_fields_may_differ(tmp_path):

@@ -362,8 +362,13 @@ def test_meshes_equal_one_device(base, shape):
     mesh = mesh_of(*shape)
     params = jax.device_put(weights(MODEL), param_shardings(MODEL, mesh, partitioning.DECODE_RULES))
     settings = {"stop_ids": STOPS, "slots": 8, "max_prompt_tokens": 16, "mesh": mesh}
-    seeded = generate(MODEL, params, PROMPTS, seed=5, max_new_tokens=NEW, **settings)
-    assert_same(seeded, base[0])
-    greedy = generate(MODEL, params, PROMPTS, seed=5, temperature=0, max_new_tokens=8, **settings)
-    assert_greedy(MODEL, PROMPTS, greedy)
+    # Prompts of one bucket, and equal shapes greedy or not: fewer programs to compile.
+    ids = [i for i, prompt in enumerate(PROMPTS) if len(prompt) > 8]
+    prompts = [PROMPTS[i] for i in ids]
+    settings = {"stop_ids": STOPS, "slots": 8, "max_prompt_tokens": 16, "max_new_tokens": NEW, "mesh": mesh}
+    seeded = generate(MODEL, params, prompts, seed=5, prompt_ids=ids, **settings)
+    assert len(ids) > 8 and seeded.tokens == [base[0].tokens[i] for i in ids]
+    np.testing.assert_allclose(seeded.logps, base[0].logps[ids], rtol=1e-4, atol=1e-4)
+    greedy = generate(MODEL, params, prompts, seed=5, temperature=0, **settings)
+    assert_greedy(MODEL, prompts, greedy)
     assert len({token for tokens in greedy.tokens for token in tokens}) > VOCAB // 4

@@ -61,7 +61,8 @@ def test_loss_and_gradient_against_float64():
     for _ in range(2):  # the slope along a random direction
         along = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
         ends = [
-            float64_loss(jax.tree.map(lambda x, d, h=h: x + h * d, params, along), DATA, range(8)) for h in (1e-6, -1e-6)
+            float64_loss(jax.tree.map(lambda x, d, h=h: x + h * d, params, along), DATA, range(8))
+            for h in (1e-6, -1e-6)
         ]
         slope = sum(np.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(along), strict=True))
         np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-6, rtol=1e-3)
