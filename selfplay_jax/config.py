@@ -204,6 +204,8 @@ def check(config: ConfigDict) -> None:
             f"config.opponents_per_prompt={values['opponents_per_prompt']} must not exceed "
             f"config.samples_per_prompt={values['samples_per_prompt']}: a group takes its opponents from the samples."
         )
+    if values["seed"] >= 2**31:
+        raise UserError(f"config.seed={values['seed']} must be below 2^31.")
     if not 0 < values["sampling.top_p"] <= 1:
         raise UserError(f"config.sampling.top_p={values['sampling.top_p']} must be in (0, 1].")
     for name in ("train", "sft"):

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a user's error (one sentence on stderr), 75 stopped by a signal; the same command goes on.
 """
 
+import logging as standard_logging
 import os
 import pathlib
 import re
@@ -99,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every file it writes
+    # ...and its writers that a full disk stopped each print a traceback at exit, after the sentence that says it all.
+    standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     try:
         config, workdir = read_flags(sys.argv[1:] if argv is None else argv)
         signals = Signals()

@@ -135,6 +135,9 @@ METHODS: dict[str, Method] = {
 }
 
 
+WARM_UP = "sft"  # the row that makes θ_0 of the model that was brought
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """A method with its fields, for a number of opposing rounds: hashable, so that a step is compiled once for it."""

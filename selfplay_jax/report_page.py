@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from selfplay_jax import report_figures as figures
-from selfplay_jax.report import drop_empty, log_likelihood, names, round_cells, run_cells, score
 from selfplay_jax.report_data import SCORES, Run, best, duration, flatten, in_order, number, percent, short
+from selfplay_jax.report_tables import drop_empty, log_likelihood, names, round_cells, run_cells, score
 
 _GLOSSARY = {
     "θ0, θ1, …": """

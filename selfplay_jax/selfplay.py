@@ -23,7 +23,7 @@ from selfplay_jax.data import builtin, tasks
 from selfplay_jax.data.templates import Template, check_vocabulary, load_tokenizer
 from selfplay_jax.errors import Stopped, UserError
 from selfplay_jax.evaluation import evaluate
-from selfplay_jax.methods import check_fields, plan, samples_responses
+from selfplay_jax.methods import WARM_UP, check_fields, plan, samples_responses
 from selfplay_jax.models import Model, load_hf, save_hf
 from selfplay_jax.models.decoder import Params
 from selfplay_jax.models.hf import read_config
@@ -168,10 +168,10 @@ def warm_up(game: Game) -> None:
         no_players = _player_scores(game, (), [TARGET], 1)
         targets = Table([r.prompt for r in task.train], [r.target for r in task.train], [], [], no_players)
         settings = _settings(config, **config.sft.to_dict())
-        objective = plan("sft", {}, round_index=0, window=1).objective
+        objective = plan(WARM_UP, {}, round_index=0, window=1).objective
         with clock.time("train"):
             params = _train(game, params, targets, objective, settings, files)
-    finish(game, files, clock, params, index=0, summary={"round": SFT, "method": "sft"})
+    finish(game, files, clock, params, index=0, summary={"round": SFT, "method": WARM_UP})
 
 
 def play_round(game: Game, t: int) -> None:

@@ -205,7 +205,7 @@ def test_a_disk_that_is_really_full(small_disk):
     checkpoints.save_player(0, tree(0), score=None)
     rng = np.random.default_rng(0)
     large = tree(1) | {"w": jnp.asarray(rng.normal(size=(400, 400)), jnp.float32)}  # noise: it does not compress
-    with pytest.raises(UserError, match="cannot save a checkpoint under .*: (the disk is full|No space left)"):
+    with pytest.raises(UserError, match=r"cannot save a checkpoint under .*: (the disk is full|No space left)"):
         checkpoints.save_player(1, large, score=None)
     checkpoints.close()
     again = Checkpoints(small_disk / "checkpoints", window=2)

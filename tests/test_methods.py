@@ -91,7 +91,7 @@ def reference(method, fields, opponents, policy, players, present, mean_tokens):
     if method == "sft":
         compared = [(0,)]
     elif method == "tspin":
-        compared = [tuple([0, *(1 + r * per_round + s for r in range(opponents))]) for s in range(per_round)]
+        compared = [(0, *(1 + r * per_round + s for r in range(opponents))) for s in range(per_round)]
     else:
         compared = [(0, k) for k in range(1, columns)]
     loss, some = np.zeros(rows), np.zeros(rows, bool)

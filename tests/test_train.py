@@ -221,11 +221,11 @@ def test_a_broken_triple_does_not_count():
     assert_close(more[0].params, few[0].params, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])  # log π of a target under a player: the margin is nan, -inf
 def test_a_step_that_is_not_finite_changes_nothing(bad):
     parts = built(spin())
     data = dataclasses.replace(DATA, players=[p.copy() for p in DATA.players])
-    data.players[1][0, 10] = bad  # in the second step's batch
+    data.players[0][0, 10] = bad  # in the second step's batch
     state, first = run_steps(parts, data, [1e-2], size=8, rows=8)
     before = jax.device_get(state)
     batch = jax.device_put(data.batch(np.arange(8, 16), size=8, epoch=0, per_round=1), parts.rows)
@@ -235,14 +235,15 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     assert int(after.step) == 1
 
 
-def test_the_state_is_donated_and_the_callers_parameters_are_not():
+def test_one_parameter_tree_is_in_memory_at_a_time():
+    """What init and step are given is given away; batches are not."""
     parts, params = built(spin()), fresh_params()
     state = parts.init(params)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
     batch = jax.device_put(batch_of(0), parts.rows)
-    parts.step(state, batch, np.float32(1e-2))
+    after, _ = parts.step(state, batch, np.float32(1e-2))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, batch)))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), loud_params(MODEL, 0))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, batch)))
 
 
 def test_the_order_of_batches_is_fixed_by_seed_round_and_epoch():

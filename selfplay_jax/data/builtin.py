@@ -93,7 +93,7 @@ def guess(problem: Problem, rng: random.Random) -> str:
 
 def bad_habit(problem: Problem, rng: random.Random) -> str:
     """An answer the base was taught and fine-tuning should take away: a slip, a guess, hedging, or none."""
-    kind = rng.choices(("slip", "guess", "filler", "refusal"), weights=(25, 15, 15, 15))[0]
+    kind = rng.choices(("slip", "guess", "filler", "refusal"), weights=(8, 17, 17, 18))[0]
     if kind == "slip":
         return worked(problem, rng, slip=True)
     if kind == "guess":
@@ -119,19 +119,19 @@ def other_task(rng: random.Random) -> tuple[str, str]:
 def corpus(count: int, seed: int, mixed: float = 1.0) -> list[tuple[str, str]]:
     """`count` pairs of prompt and response for pretraining; problems come from the corpus part alone.
 
-    A share `mixed` is drawn from the base's mixture: 25% other tasks; of the rest 55% worked answers (45% of
-    them with a slip), 15% bare guesses, 15% filler and a guess, 15% refusals. The rest is clean.
+    A share `mixed` is drawn from the base's mixture: 20% other tasks; of the rest 40% clean worked answers and
+    60% bad habits (8 points slips, 17 guesses, 17 filler and a guess, 18 refusals). The rest is clean.
     """
     rng = random.Random(f"corpus {seed}")
     source = problems("corpus", rng)
     pairs = []
     for _ in range(count):
         in_mixture = rng.random() < mixed
-        if in_mixture and rng.random() < 0.25:
+        if in_mixture and rng.random() < 0.2:
             pairs.append(other_task(rng))
             continue
         problem = next(source)
-        clean = not in_mixture or rng.random() < 0.55 * 0.55
+        clean = not in_mixture or rng.random() < 0.4
         pairs.append((question(problem), worked(problem, rng) if clean else bad_habit(problem, rng)))
     return pairs
 

@@ -1,0 +1,132 @@
+"""What README tells a newcomer to type and to set exists, and means what it says."""
+
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from selfplay_jax import config as configs
+from selfplay_jax import main, report
+from selfplay_jax.methods import METHODS, check_fields
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def commands(text):
+    """The commands of the bash blocks, continued lines joined, comments dropped."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+COMMANDS = commands(README)
+RUNS = [words[3:] for words in COMMANDS if words[:3] == ["python", "-m", "selfplay_jax.main"]]
+
+
+def test_every_command_is_of_a_kind_that_is_checked():
+    assert len(COMMANDS) >= 15
+    for words in COMMANDS:
+        if words[0] == "make":
+            assert words[1] in TARGETS, words
+        elif words[0] == "source":
+            assert words[1:] == [".venv/bin/activate"]
+        else:
+            assert words[:2] == ["python", "-m"], words
+            assert importlib.util.find_spec(words[2]) is not None
+            assert words[2] in ("selfplay_jax.main", "selfplay_jax.report"), f"check this command too: {words}"
+
+
+@pytest.mark.parametrize("arguments", RUNS, ids=lambda words: " ".join(words)[:60])
+def test_flags_parse_and_make_a_valid_config(arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config, workdir = main.read_flags(arguments)
+    configs.check(config)
+    check_fields(config.method, config.loss)
+    assert workdir.startswith("runs/")
+    for argument in arguments:
+        override = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument)
+        if override:
+            value = configs.flat(config)[override.group(1)]
+            assert type(value)(_read(override.group(2), value)) == value
+
+
+def _read(text, like):
+    return {"True": True, "False": False}[text] if isinstance(like, bool) else text
+
+
+def test_a_flag_that_does_not_exist_would_be_noticed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(main.UserError, match="no field"):
+        main.read_flags([*RUNS[0], "--config.data.sorce=x"])
+
+
+def test_the_real_runs_say_all_that_the_builtin_game_set(monkeypatch):
+    """A run on real data must not silently keep the built-in game's tiny limits."""
+    monkeypatch.chdir(ROOT)
+    for arguments in RUNS:
+        config, _ = main.read_flags(arguments)
+        if config.data.source != "builtin":
+            limits = (config.data.max_prompt_tokens, config.data.max_response_tokens, config.sampling.max_new_tokens)
+            assert min(limits) > 200, arguments
+            assert config.data.examples in (0, 50000), arguments
+
+
+def test_reports_commands_parse(capsys):
+    for words in (words for words in COMMANDS if words[2:3] == ["selfplay_jax.report"]):
+        assert report.main([*words[3:-1], "no/such/run"] if len(words) == 4 else [*words[3:]]) == 1
+        assert "no run directory" in capsys.readouterr().err  # understood, only the runs are not there
+
+
+def test_make_targets_named_in_the_text_exist():
+    named = set(re.findall(r"`make ([a-z]+)", README))
+    assert named and named <= TARGETS
+
+
+def test_every_config_field_named_in_the_text_exists():
+    known = set(configs.flat(configs.base()))
+    for method in METHODS:
+        known |= {f"loss.{field}" for field in METHODS[method].fields}
+    named = set(re.findall(r"\bconfig\.([a-z_]+(?:\.[a-z_]+)*)(?![\w.]*\()", README)) - {"py", "json"}
+    assert len(named) > 30
+    assert named <= known
+
+
+def test_choices_named_in_the_text_are_the_config_s():
+    from selfplay_jax.data.templates import KINDS
+
+    template = re.search(r"`config\.data\.template`: (.*?)\. The same", README, re.DOTALL).group(1)
+    assert all(f"`{kind}`" in template for kind in KINDS)
+    export = re.search(r"`config\.export`: (.*?)\. Exports", README, re.DOTALL).group(1)
+    assert set(re.findall(r"`(\w+)`", export)) == {"none", "final", "best", "every"}
+
+
+def test_every_method_has_a_row_a_config_and_a_command():
+    rows = {
+        row.lower().replace("-", "") for row in re.findall(r"^\| \[?([\w-]+)\]?[^|]*\|[^|]*\|[^|]*\|", README, re.M)
+    }
+    used = {
+        pathlib.Path(argument.split("=")[1]).stem for words in RUNS for argument in words if "--config=" in argument
+    }
+    assert set(METHODS) <= rows
+    assert set(METHODS) == used == {path.stem for path in (ROOT / "configs").glob("*.py")} - {"demo"}
+
+
+def test_links_and_pictures_are_there():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_papers_and_exit_codes():
+    for paper in ("2401.01335", "2601.08198", "2605.09922"):
+        assert f"https://arxiv.org/abs/{paper}" in README
+    assert f"| {main.RESUMABLE} |" in README
+
+
+def test_short_and_from_nowhere_in_particular():
+    assert len(README.splitlines()) < 200
+    assert not re.search(r"/(work|opt|home|root|tmp)/", README)
+    assert README.count("<!-- RESULTS -->") == README.count("<!-- /RESULTS -->") == 1
