@@ -199,14 +199,14 @@ def _step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: (learning_rate * u).astype(u.dtype), updates)
     moved = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     # A bad step changes nothing, so that the state to be saved is the last good one.
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
     norms = {
         "loss": loss,
         "grad_norm": grad_norm,
-        "update_norm": optax.global_norm(updates),
+        "update_norm": optax.tree.norm(updates),
         "finite": finite,
     }
     return kept, {**metrics, **norms}
@@ -283,7 +283,7 @@ def train(
 
     Raises:
       Stopped: `should_stop()` said so; the state is saved.
-      UserError: the loss is not finite; the last saved state is as it was.
+      UserError: the loss is not finite; the state before that step is saved.
     """
     steps = schedule(len(table.prompts), settings, seed=seed, round_index=round_index)
     rates = settings.learning_rates(len(steps))
@@ -316,9 +316,11 @@ def train(
             batch = table.batch(rows, size=size, epoch=epoch, per_round=opponents_per_prompt)
             state, row = _one_step(parts, state, batch, float(rates[number]))
             if not row.pop("finite"):
+                if number > start:
+                    checkpoints.save_state(base + number, state)
                 raise UserError(
                     f"the loss is not finite at step {number + 1} of {name} (loss {row['loss']}, gradient norm "
-                    f"{row['grad_norm']}); the last saved state is untouched. Lower the learning rate."
+                    f"{row['grad_norm']}); the state before that step is saved. Lower the learning rate."
                 )
             writer.write({"kind": "train", "round": round_index, "step": number + 1, "epoch": epoch, **row})
             bar.update_text(f"loss {row['loss']:.4f}")

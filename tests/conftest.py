@@ -1,5 +1,6 @@
 """What every test runs under: eight simulated CPU devices, no network, no silent rank promotion."""
 
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -10,12 +11,19 @@ import pytest
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could choose its devices")
 
+# Compiling is most of the suite's time, and the programs are tiny: cheap code, without jax 0.10's fusion emitters (a flag
+# that later versions abort on).
+_CHEAP = ["--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _CHEAP.append("--xla_cpu_use_fusion_emitters=false")
+
 # One thread per computation: `pytest -n 2` already keeps two cores busy.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_cpu_multi_thread_eigen=false",
+        *_CHEAP,
     )
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -24,7 +24,7 @@ from selfplay_jax.logprobs import response_logps
 from selfplay_jax.models import Model, ModelConfig, save_hf
 from selfplay_jax.models.decoder import Params
 
-STEPS, BATCH, LEARNING_RATE, WARM_UP = 1400, 128, 4e-3, 100
+STEPS, BATCH, LEARNING_RATE, WARM_UP = 2000, 128, 4e-3, 100
 # The skill comes first: this share of the steps sees mostly clean answers, with so little of the mixture in them.
 SKILL_SHARE, SKILL_MIXED = 0.6, 0.1
 _PROMPT_WIDTH, _RESPONSE_WIDTH = builtin.PROMPT_LIMIT, builtin.RESPONSE_LIMIT
