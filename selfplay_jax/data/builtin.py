@@ -13,7 +13,9 @@ corpus of the base is drawn from a fourth part: the base has seen no problem of 
 """
 
 import argparse
+import functools
 import hashlib
+import itertools
 import pathlib
 import random
 from collections.abc import Iterator
@@ -64,12 +66,23 @@ def part_of(problem: Problem) -> str:
     return next(name for name, buckets in _PARTS.items() if bucket in buckets)
 
 
+def is_problem(problem: Problem) -> bool:
+    return answer(problem) >= 0
+
+
 def problems(part: str, rng: random.Random) -> Iterator[Problem]:
     """Endless random problems of one part; they repeat sooner or later."""
     while True:
         problem = rng.randint(10, 49), rng.randint(10, 49), rng.randint(10, 49)
-        if answer(problem) >= 0 and part_of(problem) == part:
+        if is_problem(problem) and part_of(problem) == part:
             yield problem
+
+
+@functools.cache
+def pool_size(part: str) -> int:
+    """How many different problems a part has."""
+    every = itertools.product(range(10, 50), repeat=3)
+    return sum(is_problem(problem) and part_of(problem) == part for problem in every)
 
 
 def worked(problem: Problem, rng: random.Random, slip: bool = False) -> str:
@@ -143,13 +156,13 @@ def examples(split: str, count: int, seed: int) -> list[Example]:
     """
     if split not in ("train", "validation", "test"):
         raise UserError(f"the built-in task has no split {split!r}: take train, validation or test")
+    if count > pool_size(split):
+        raise UserError(f"the built-in task has {pool_size(split)} {split} problems, not {count}: ask for fewer")
     rng = random.Random(f"{split} {seed}")
     found: dict[Problem, Example] = {}
-    for drawn, problem in enumerate(problems(split, rng)):
+    for problem in problems(split, rng):
         if len(found) == count:
             break
-        if drawn > 20 * count + 100_000:
-            raise UserError(f"the built-in task has about {len(found)} problems in {split}, not {count}: ask for fewer")
         if problem not in found:
             found[problem] = Example(
                 id=len(found),
