@@ -11,8 +11,8 @@ import pytest
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could choose its devices")
 
-# Compiling is most of the suite's time, and the programs are tiny: cheap code, without jax 0.10's fusion emitters (a flag
-# that later versions abort on).
+# Compiling is most of the suite's time, and the programs are tiny: cheap code, without jax 0.10's fusion emitters (a
+# flag that later versions abort on).
 _CHEAP = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _CHEAP.append("--xla_cpu_use_fusion_emitters=false")

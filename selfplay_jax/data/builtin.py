@@ -67,6 +67,7 @@ def part_of(problem: Problem) -> str:
 
 
 def is_problem(problem: Problem) -> bool:
+    """Whether the three numbers make a problem: no answer is negative."""
     return answer(problem) >= 0
 
 
@@ -81,7 +82,7 @@ def problems(part: str, rng: random.Random) -> Iterator[Problem]:
 @functools.cache
 def pool_size(part: str) -> int:
     """How many different problems a part has."""
-    every = itertools.product(range(10, 50), repeat=3)
+    every = itertools.product(range(10, 50), range(10, 50), range(10, 50))
     return sum(is_problem(problem) and part_of(problem) == part for problem in every)
 
 
