@@ -159,7 +159,7 @@ def test_the_same_config_is_no_difference(tmp_path):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("loss.lam=0.25", "config.loss.lam is 1.0 there and 0.25 here"),
+        ("loss.lam=0.25", "config.loss.lam is 5.0 there and 0.25 here"),
         ("seed=3", "config.seed is 0 there and 3 here"),
         ("train.optimizer=rmsprop", "config.train.optimizer is 'adamw' there and 'rmsprop' here"),
         ("evaluation.greedy=false", "config.evaluation.greedy is True there and False here"),
