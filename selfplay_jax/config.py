@@ -28,7 +28,7 @@ def base() -> ConfigDict:
     """Every field with its default: METHOD.md's choices, no model and no data yet."""
     return ConfigDict(
         {
-            "method": "",  # sft, dpo, spin, tspin, tpaw: a row of methods.py
+            "method": "",  # sft, spin, tspin, tpaw: a row of methods.py
             "preset": "",
             "workdir": "",  # "" is runs/METHOD-PRESET
             "seed": 0,
@@ -50,7 +50,7 @@ def base() -> ConfigDict:
                 "source": "builtin",  # a .jsonl or .parquet file, a directory or glob of them, a hub name
                 "split": "train",
                 "columns": "",  # e.g. "prompt=instruction,response=output"; "" finds the usual names itself
-                "examples": 0,  # 0: all; otherwise a subset fixed by the seed
+                "examples": 0,  # a subset fixed by the seed; 0: all (of the built-in task: 100)
                 "test": "",  # where the test examples come from; "" holds some of `source` back
                 "test_split": "test",
                 "test_examples": 500,

@@ -90,9 +90,9 @@ def response_mask(group: Group) -> jax.Array:
     return jnp.arange(width)[None, None, :] < group.response_lengths[..., None]
 
 
-def padding_share(group: Group) -> float:
-    """The share of a packed group's token positions that are padding."""
-    real = int(np.sum(group.prompt_lengths)) + int(np.sum(group.response_lengths))
+def padding_share(group: Group, rows: int | None = None) -> float:
+    """The share of a packed group's token positions that are padding; past the first `rows` rows all is."""
+    real = int(np.sum(group.prompt_lengths[:rows])) + int(np.sum(group.response_lengths[:rows]))
     return 1.0 - real / (group.prompt.size + group.responses.size)
 
 

@@ -85,10 +85,14 @@ def play(config: Any, workdir: epath.PathLike, should_stop: Callable[[], bool] =
     workdir = epath.Path(workdir)
     _claim(workdir, config)
     game = _set_up(config, workdir, should_stop)
+    # Accelerators multiply float32 in fewer bits unless told not to; then scoring and training, which run in other
+    # shapes, would differ by more than `tolerance`, and rounding would decide TPAW's α at θ = θ_t.
+    exact = config.model.compute_dtype == "float32" and jax.default_backend() != "cpu"
     try:
-        warm_up(game)
-        for t in range(config.rounds):
-            play_round(game, t)
+        with jax.default_matmul_precision("highest" if exact else None):
+            warm_up(game)
+            for t in range(config.rounds):
+                play_round(game, t)
         export(game)
         page = report.write_html(workdir)
     finally:
@@ -107,7 +111,7 @@ def _claim(workdir: epath.Path, config: Any) -> None:
             raise UserError(
                 f"{workdir} holds a run with another config: {difference}. Take another --workdir, or the old value."
             )
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and any(not p.name.startswith("config.json.partial-") for p in workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and holds no run (no config.json): take another --workdir.")
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_json(path, json.loads(config.to_json()))
@@ -127,6 +131,12 @@ def _set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) -
     checkpoints = Checkpoints(workdir / "checkpoints", window=config.window)
     scores = ScoreTable(workdir)
     game = Game(config, workdir, model, epath.Path(path), template, task, mesh, checkpoints, scores, should_stop)
+    longest = config.data.max_prompt_tokens + max(config.data.max_response_tokens, config.sampling.max_new_tokens)
+    if longest > model.config.max_position_embeddings:
+        say(
+            f"note: prompts and responses may reach {longest} tokens, the model was made for "
+            f"{model.config.max_position_embeddings} (max_position_embeddings)"
+        )
     dropped = {name: counts for name, counts in task.counts.items() if name != "bad_records_skipped"}
     say(
         f"{config.method} ({config.preset}): {len(task.train)} training, {len(task.validation)} validation and "
@@ -179,6 +189,11 @@ def play_round(game: Game, t: int) -> None:
     files, clock, config = RoundFiles(game.workdir, t), Clock(), game.config
     if files.summary() is not None:
         return
+    played = files.read("played.json")
+    if played is not None and t + 1 in game.checkpoints.players():
+        # Killed after θ_{t+1} was committed: θ_t may have left the window, and nothing is left to train.
+        finish(game, files, clock, game.player(t + 1), index=t + 1, summary=played)
+        return
     game.check_stop()
     row = plan(config.method, config.loss, round_index=t, window=config.window)
     records = game.task.train
@@ -208,6 +223,7 @@ def play_round(game: Game, t: int) -> None:
     )
     with clock.time("train"):
         params = _train(game, params, table, row.objective, _settings(config), files)
+    files.write("played.json", summary)
     finish(game, files, clock, params, index=t + 1, summary=summary)
 
 
@@ -270,7 +286,9 @@ def finish(game: Game, files: RoundFiles, clock: Clock, params: Params, *, index
 def export(game: Game) -> None:
     """Writes the Hugging Face directories that the run leaves: the last policy, or the best one."""
     wanted = {"final": game.config.rounds, "best": game.checkpoints.best()}.get(game.config.export)
-    if wanted is not None:
+    if wanted is None and game.config.export == "best":
+        say("nothing is exported: config.export=best needs evaluated checkpoints (config.evaluation.every)")
+    elif wanted is not None:
         path = _export(game, game.player(wanted), game.config.export)
         say(f"exported player {wanted} to {path}")
 

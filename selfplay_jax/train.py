@@ -320,7 +320,8 @@ def train(
                     checkpoints.save_state(base + number, state)
                 raise UserError(
                     f"the loss is not finite at step {number + 1} of {name} (loss {row['loss']}, gradient norm "
-                    f"{row['grad_norm']}); the state before that step is saved. Lower the learning rate."
+                    f"{row['grad_norm']}); the state before that step is saved. Lower the learning rate, "
+                    "in a new --workdir."
                 )
             writer.write({"kind": "train", "round": round_index, "step": number + 1, "epoch": epoch, **row})
             bar.update_text(f"loss {row['loss']:.4f}")
@@ -335,10 +336,11 @@ def _one_step(parts: Programs, state: TrainState, batch: Batch, rate: float) -> 
     began = time.perf_counter()
     state, metrics = parts.step(state, jax.device_put(batch, parts.rows), np.float32(rate))
     row = {key: float(value) for key, value in jax.device_get(metrics).items()}
-    tokens = int(batch.group.prompt_lengths.sum() + batch.group.response_lengths.sum())
+    share = padding_share(batch.group, int(batch.real.sum()))
+    tokens = (1.0 - share) * (batch.group.prompt.size + batch.group.responses.size)
     row["learning_rate"] = rate
     row["tokens_per_second"] = tokens / (time.perf_counter() - began)
-    row["padding_share"] = padding_share(batch.group)
+    row["padding_share"] = share
     return state, row
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,18 @@ def test_a_finished_run_computes_nothing_again(tmp_path, environment, uninterrup
     assert again.returncode == 0, again.stderr
     assert "training" not in again.stderr and "sampling" not in again.stderr
     assert before == {path: path.stat().st_mtime_ns for path in (whole / "rounds").rglob("*") if path.is_file()}
+
+
+def test_killed_after_the_commit_it_needs_no_older_player(environment, uninterrupted):
+    """With window=1 committing θ_{t+1} drops θ_t; a kill before the summary must not ask for it again."""
+    whole, _ = uninterrupted
+    before = weights(whole)
+    (whole / "rounds/001/summary.json").unlink()
+    shutil.rmtree(whole / "checkpoints/players/1")
+    again = subprocess.run(command(whole), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0, again.stderr
+    assert "training" not in again.stderr
+    assert (whole / "rounds/001/summary.json").exists() and weights(whole) == before
 
 
 def test_another_config_in_the_same_workdir_is_refused_by_name(environment, uninterrupted):

@@ -14,7 +14,7 @@ from selfplay_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Records by use; no prompt is in two lists of one source. counts: what the length limits and bad records cost."""
+    """Records by use; no record is in two lists of one source. counts: what the length limits and bad records cost."""
 
     train: list[Record]
     validation: list[Record]
