@@ -37,9 +37,9 @@ def main() -> None:
     """Compiles the three steps, runs them in turn, prints a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     options = parser.parse_args()
-    config = ModelConfig("llama", 512, 256, 1024, 4, 4, 2, 64)
+    config = ModelConfig("llama", 512, 128, 384, 2, 4, 2, 32)
     model, mesh = Model(config), partitioning.make_mesh()
     settings = Settings(
         epochs=1, batch_size=options.batch, accumulate=1, optimizer="adamw", b1=0.9, b2=0.999, eps=1e-8, decay=0.99,
