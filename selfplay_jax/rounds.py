@@ -73,8 +73,7 @@ class RoundFiles:
 
     def summary(self) -> dict[str, Any] | None:
         """The finished round's summary, None while it is not finished."""
-        path = self.directory / "summary.json"
-        return metrics.read_json(path) if path.exists() else None
+        return self.read("summary.json")
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         """Writes a JSON file of this round, by rename."""
