@@ -37,7 +37,8 @@ lock: ## resolve pyproject.toml into requirements.lock again (needs uv); ARGS=--
 clean: ## remove the environments and the tools' caches, never runs/
 	rm -rf $(VENV) .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
-# What has no wheel is built with the locked setuptools, which therefore comes first.
+# What has no wheel is built with the locked setuptools, which therefore comes first. The lock is complete, so pip resolves
+# nothing: where a package asks for another one's extra it would look past the pinned version.
 # The stamp comes last and .installing marks the time before it: an environment whose installation was interrupted
 # is made again from nothing.
 $(VENV)/.stamp: requirements.lock pyproject.toml
@@ -52,7 +53,7 @@ $(VENV)/.stamp: requirements.lock pyproject.toml
 	@echo "Installing the locked packages into $(VENV) (some minutes the first time)"
 	@sed -n '/^setuptools==/,/^    #/p' requirements.lock >$(VENV)/build.lock
 	@$(PIP_INSTALL) --require-hashes -r $(VENV)/build.lock
-	@$(PIP_INSTALL) --require-hashes --no-build-isolation -r requirements.lock
+	@$(PIP_INSTALL) --require-hashes --no-deps --no-build-isolation -r requirements.lock
 	@$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@rm $(VENV)/.installing
 	@touch $@
