@@ -16,7 +16,8 @@ import numpy as np
 from selfplay_jax import partitioning
 from selfplay_jax.methods import plan
 from selfplay_jax.models import Model, ModelConfig
-from selfplay_jax.train import Settings, Table, programs
+from selfplay_jax.table import Table
+from selfplay_jax.train import Settings, programs
 
 LOSS = {"lam": 1.0, "eta": 6.0, "gamma": 0.5}
 
@@ -53,14 +54,14 @@ def main() -> None:
         batch = rows.batch(np.arange(options.batch), size=options.batch, epoch=0, per_round=1)
         batch = jax.device_put(batch, parts.rows)
         state = parts.init(model.init(jax.random.key(0)))
-        step = parts.step.lower(state, batch, np.float32(1e-5)).compile()  # type: ignore[attr-defined]
-        state, _ = step(state, batch, np.float32(1e-5))
+        step = parts.step.lower(state, {}, batch, np.float32(1e-5)).compile()  # type: ignore[attr-defined]
+        state, _ = step(state, {}, batch, np.float32(1e-5))
         runs[players] = [step, state, batch, []]
     for _ in range(options.repeats):
         for run in runs.values():
             step, state, batch, seconds = run
             began = time.perf_counter()
-            state, metrics = step(state, batch, np.float32(1e-5))
+            state, metrics = step(state, {}, batch, np.float32(1e-5))
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - began)
             run[1] = state

@@ -8,7 +8,7 @@ no better than it was is boosted by η; players are weighted by softmax(-γ·mar
 
 from ml_collections import ConfigDict
 
-from configs import demo
+from configs import scales
 from selfplay_jax.config import build
 
 LOSS = {
@@ -24,6 +24,58 @@ LOSS = {
 }
 
 
+def _papers_schedule(config: ConfigDict) -> None:
+    """As SPIN's rates (choice: the paper gives none we could read)."""
+    config.by_round = "train.learning_rate=5e-7,5e-7,1e-7,1e-7"
+
+
+def gsm8k_qwen2_5_1_5b(config: ConfigDict) -> None:
+    """GSM8K on Qwen2.5-1.5B: --config=configs/tpaw.py:gsm8k_qwen2.5_1.5b.
+
+    The paper reports gains over SFT and SPIN there; we have not seen its tables and repeat no figure.
+    """
+    scales.gsm8k(config)
+    _papers_schedule(config)
+
+
+def ultrachat_qwen2_5_1_5b(config: ConfigDict) -> None:
+    """UltraChat on Qwen2.5-1.5B: --config=configs/tpaw.py:ultrachat_qwen2.5_1.5b.
+
+    Start from `configs/sft.py:ultrachat_qwen2.5_1.5b`.
+    The paper reports gains over SFT and SPIN there; we have not seen its tables and repeat no figure.
+    """
+    scales.ultrachat(config, scales.sft_path("ultrachat_qwen2.5_1.5b"))
+    _papers_schedule(config)
+
+
+def ultrachat_llama3_1_8b(config: ConfigDict) -> None:
+    """UltraChat on Llama-3.1-8B: --config=configs/tpaw.py:ultrachat_llama3.1_8b.
+
+    Start from `configs/sft.py:ultrachat_llama3.1_8b`.
+    The paper reports gains over SFT and SPIN there; we have not seen its tables and repeat no figure.
+    """
+    scales.ultrachat(config, scales.sft_path("ultrachat_llama3.1_8b"), "llama3")
+    _papers_schedule(config)
+
+
+def ultrachat_zephyr_7b(config: ConfigDict) -> None:
+    """UltraChat on Zephyr-7B-SFT-full: --config=configs/tpaw.py:ultrachat_zephyr_7b.
+
+    The paper has no run of this model: for comparison with SPIN and T-SPIN.
+    """
+    scales.ultrachat(config, "alignment-handbook/zephyr-7b-sft-full")
+    _papers_schedule(config)
+
+
+PRESETS = {
+    "demo": scales.demo,
+    "gsm8k_qwen2.5_1.5b": gsm8k_qwen2_5_1_5b,
+    "ultrachat_qwen2.5_1.5b": ultrachat_qwen2_5_1_5b,
+    "ultrachat_llama3.1_8b": ultrachat_llama3_1_8b,
+    "ultrachat_zephyr_7b": ultrachat_zephyr_7b,
+}
+
+
 def get_config(preset: str | None = None) -> ConfigDict:
     """The config of one preset; the default is the built-in game."""
-    return build("tpaw", LOSS, {"demo": demo.fill}, preset)
+    return build("tpaw", LOSS, PRESETS, preset)

@@ -92,15 +92,21 @@ class Checkpoints:
         """The key of the newest saved train state, None where there is none."""
         return self._state.latest_step()
 
-    def save_state(self, key: int, state: Any) -> None:
-        """Saves the train state under `key`, which must grow; the one before goes once this one is whole."""
+    def save_state(self, key: int, state: Any, position: dict[str, Any]) -> None:
+        """Saves the train state under `key`, which must grow; the one before goes once this one is whole.
+
+        `position` is where the batches stand, a JSON object, the same on every process.
+        """
         with _told(self._directory):
-            self._state.save(key, args=ocp.args.StandardSave(state))
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), batches=ocp.args.JsonSave(position))
+            self._state.save(key, args=args)
             self._state.wait_until_finished()
 
-    def load_state(self, key: int, abstract: Any) -> Any:
-        """The train state saved under `key`, in the shardings of `abstract`."""
-        return self._state.restore(key, args=ocp.args.StandardRestore(abstract))
+    def load_state(self, key: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """The train state saved under `key`, in the shardings of `abstract`, and where its batches stand."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), batches=ocp.args.JsonRestore())
+        saved = self._state.restore(key, args=args)
+        return saved["state"], saved["batches"]
 
     def close(self) -> None:
         """Releases Orbax's threads."""

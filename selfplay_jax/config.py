@@ -28,7 +28,7 @@ def base() -> ConfigDict:
     """Every field with its default: METHOD.md's choices, no model and no data yet."""
     return ConfigDict(
         {
-            "method": "",  # sft, spin, tspin, tpaw: a row of methods.py
+            "method": "",  # sft, dpo, spin, tspin, tpaw: a row of methods.py
             "preset": "",
             "workdir": "",  # "" is runs/METHOD-PRESET
             "seed": 0,
@@ -37,7 +37,9 @@ def base() -> ConfigDict:
             "samples_per_prompt": 1,
             "opponents_per_prompt": 1,  # of each opposing round, per group
             "cut_responses": "keep",  # or "drop": whether responses cut at the length limit are trained on
+            "by_round": "",  # e.g. "train.learning_rate=5e-7,1e-7;loss.lam=0.1,5": the last value stays
             "export": "final",  # none, final, best, every: Hugging Face directories under WORKDIR/hf
+            "export_dtype": "",  # float32, bfloat16; "" is model.param_dtype
             "loss": {},  # the method's own fields, see methods.py
             "model": {
                 "path": "builtin",  # a Hugging Face directory or hub name
@@ -45,6 +47,12 @@ def base() -> ConfigDict:
                 "param_dtype": "float32",
                 "remat": "none",  # none, dots, full
                 "logits_chunk": 32,
+            },
+            "lora": {
+                "rank": 0,  # 0: every parameter is trained; else only adapters of this rank on a frozen base
+                "alpha": 16.0,  # the adapters' product is scaled by alpha / rank
+                "targets": "q,k,v,o,gate,up,down",
+                "export": "merged",  # or "peft": adapter_config.json and adapter_model.safetensors
             },
             "data": {
                 "source": "builtin",  # a .jsonl or .parquet file, a directory or glob of them, a hub name
@@ -99,9 +107,11 @@ def base() -> ConfigDict:
             },
             "evaluation": {
                 "every": 1,  # rounds; 0: never
+                "run": "greedy,sampled,likelihood",  # see evaluation/evaluate.py; "greedy:200" takes 200 examples
                 "answer": r"#\s*(-?[\d,]+(?:\.\d+)?)",  # the last match of the first group is compared
-                "greedy": True,
-                "samples_per_prompt": 4,  # at temperature 1; 0: none
+                "samples_per_prompt": 4,  # of "sampled", at temperature 1
+                "shots": 5,  # of "gsm8k"
+                "lm_eval_path": "",  # a directory of more task files for "lm_eval/TASK"
                 "batch_size": 128,
                 "select": "target_logp",  # or "sampled_accuracy": what "best" means, on the validation examples
             },
@@ -128,10 +138,10 @@ def build(method: str, loss: Mapping[str, Any], presets: Mapping[str, Preset], n
     name = name or "demo"
     if name not in presets:
         raise UserError(f"{method} has no preset '{name}'{_near(name, presets)}; it has {', '.join(presets)}.")
-    config = base()
-    config.method, config.preset, config.loss = method, name, ConfigDict(dict(loss))
+    config = base().lock()  # before the preset fills it: a field that it misspells is an error
+    config.method, config.preset, config.loss = method, name, ConfigDict(dict(loss)).lock()
     presets[name](config)
-    return config.lock()
+    return config
 
 
 def _near(name: str, known: Any) -> str:
@@ -166,6 +176,8 @@ def unknown_field(name: str, config: ConfigDict) -> UserError:
 _CHOICES = {
     "cut_responses": ("keep", "drop"),
     "export": ("none", "final", "best", "every"),
+    "export_dtype": ("", "float32", "bfloat16"),
+    "lora.export": ("merged", "peft"),
     "model.remat": ("none", "dots", "full"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
@@ -177,18 +189,23 @@ _CHOICES = {
     "evaluation.select": ("target_logp", "sampled_accuracy"),
 }
 _AT_LEAST_ONE = (
-    "window", "samples_per_prompt", "opponents_per_prompt", "sft.batch_size", "train.epochs", "train.batch_size",
-    "train.accumulate", "train.checkpoint_every", "sampling.max_new_tokens", "sampling.slots", "sampling.chunk",
-    "scoring.batch_size", "scoring.chunk", "evaluation.batch_size", "model.logits_chunk", "data.max_prompt_tokens",
-    "data.max_response_tokens",
+    "window", "samples_per_prompt", "opponents_per_prompt", "evaluation.samples_per_prompt", "sft.batch_size",
+    "train.epochs", "train.batch_size", "train.accumulate", "train.checkpoint_every", "sampling.max_new_tokens",
+    "sampling.slots", "sampling.chunk", "scoring.batch_size", "scoring.chunk", "evaluation.batch_size",
+    "model.logits_chunk", "data.max_prompt_tokens", "data.max_response_tokens",
 )  # fmt: skip
 _NOT_NEGATIVE = ("rounds", "seed", "sft.epochs", "data.examples", "data.test_examples", "data.validation_examples",
-                 "evaluation.every", "evaluation.samples_per_prompt", "sampling.temperature", "sampling.top_k",
+                 "evaluation.every", "evaluation.shots", "sampling.temperature", "sampling.top_k", "lora.rank",
                  "train.learning_rate", "sft.learning_rate", "train.clip_norm")  # fmt: skip
 
 
 def check(config: ConfigDict) -> None:
     """Raises a UserError that names the first field whose value cannot work."""
+    if config.by_round:
+        for round_index in range(max(len(values) for values in _by_round(config).values())):
+            changed = of_round(config, round_index)
+            changed.by_round = ""
+            check(changed)
     values = flat(config)
     for name, choices in _CHOICES.items():
         if values[name] not in choices:
@@ -216,6 +233,52 @@ def check(config: ConfigDict) -> None:
             f"config.train.accumulate={values['train.accumulate']} must divide "
             f"config.train.batch_size={values['train.batch_size']}."
         )
+
+
+_BY_ROUND_SECTIONS = ("loss", "train", "sampling")
+
+
+def of_round(config: ConfigDict, round_index: int) -> ConfigDict:
+    """The config with the values that `by_round` gives to a round; past the last value, the last.
+
+    Raises:
+      UserError: `by_round` does not read like "train.learning_rate=5e-7,1e-7;loss.lam=0.1,5", names a field that is not
+        there or not in loss, train or sampling, or has a value of another type.
+    """
+    changed = config.copy_and_resolve_references()
+    for name, values in _by_round(config).items():
+        section, field = name.split(".")
+        changed[section][field] = values[min(round_index, len(values) - 1)]
+    return changed
+
+
+def _by_round(config: ConfigDict) -> dict[str, list[Any]]:
+    fields: dict[str, list[Any]] = {}
+    for part in filter(None, (part.strip() for part in config.by_round.split(";"))):
+        name, equals, texts = part.partition("=")
+        name = name.strip()
+        section, _, field = name.partition(".")
+        if not equals or section not in _BY_ROUND_SECTIONS:
+            raise UserError(
+                f"config.by_round has {part!r}; it reads like train.learning_rate=5e-7,1e-7;loss.lam=0.1,5, with "
+                f"fields of {', '.join(_BY_ROUND_SECTIONS)}."
+            )
+        if field not in config[section]:
+            raise UserError(f"config.by_round: {name!r} is no field{_near(field, config[section])}.")
+        like = type(config[section][field])
+        try:
+            fields[name] = [_as(like, text.strip()) for text in texts.split(",")]
+        except ValueError:
+            raise UserError(f"config.by_round: {name} takes values of type {like.__name__}, not {texts!r}.") from None
+    return fields
+
+
+def _as(like: type, text: str) -> Any:
+    if like is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    return like(text)
 
 
 def difference(old: Mapping[str, Any], new: ConfigDict) -> str | None:

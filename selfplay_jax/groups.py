@@ -12,6 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Sources of responses: the annotated answers, the dispreferred answers of preference data, and 0, 1, ...: the responses
+# of that round.
+TARGET, REJECTED = -1, -2
+
 Tokens = Sequence[int] | np.ndarray
 Array = Any  # np.ndarray where batches are made, jax.Array inside jitted functions
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from selfplay_jax import losses
 from selfplay_jax.errors import UserError
+from selfplay_jax.groups import REJECTED
 
 Fields = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
@@ -22,8 +23,8 @@ Metrics = dict[str, jax.Array]
 class Columns(NamedTuple):
     """Log-probabilities of a batch of groups by column; O = opponents_per_prompt, J players (0 for a method without).
 
-    target [B, 1]; opponents: one [B, O] per opposing round, newest first; player_target [J, B, 1];
-    player_opponents: one [J, B, O] per opposing round; mean_target_tokens: scalar, over the whole batch.
+    target [B, 1]; opponents: one [B, O] per opposing source, newest round first; player_target [J, B, 1];
+    player_opponents: one [J, B, O] per opposing source; mean_target_tokens: scalar, over the whole batch.
     """
 
     target: jax.Array
@@ -35,6 +36,11 @@ class Columns(NamedTuple):
 
 def _sft(columns: Columns, fields: Fields) -> tuple[jax.Array, Metrics]:
     return losses.sft(columns.target, columns.mean_target_tokens, **fields)
+
+
+def _dpo(columns: Columns, fields: Fields) -> tuple[jax.Array, Metrics]:
+    chosen, rejected = columns.player_target, columns.player_opponents[0]
+    return losses.dpo(columns.target, columns.opponents[0], chosen, rejected, **fields)
 
 
 def _spin(columns: Columns, fields: Fields) -> tuple[jax.Array, Metrics]:
@@ -87,10 +93,10 @@ def _newest(round_index: int, count: int) -> tuple[int, ...]:
 class Method:
     """One row.
 
-    fields: the loss's own config fields. opponents, players: from (fields, round, window) the rounds whose responses
-    oppose (newest first) and the checkpoints that judge. loss: from (columns, fields) the loss and metrics per
-    comparison, [B, M]. compared: from the presence of each opponent's responses, [B, O] each, that of the M
-    comparisons.
+    fields: the loss's own config fields. opponents, players: from (fields, round, window) the sources of the responses
+    that oppose (rounds, the newest first, or REJECTED) and the checkpoints that judge. loss: from (columns, fields) the
+    loss and metrics per comparison, [B, M]. compared: from the presence of each opponent's responses, [B, O] each, that
+    of the M comparisons.
     """
 
     fields: frozenset[str]
@@ -112,6 +118,12 @@ METHODS: dict[str, Method] = {
         opponents=lambda fields, t, window: (),
         players=lambda fields, t, window: (),
         loss=_sft,
+    ),
+    "dpo": Method(
+        fields=_keywords(losses.dpo),
+        opponents=lambda fields, t, window: (REJECTED,),
+        players=lambda fields, t, window: (0,),
+        loss=_dpo,
     ),
     "spin": Method(
         fields=_keywords(losses.spin, "mix_previous"),
@@ -197,7 +209,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one round of one method needs: opposing rounds, judging players, and the objective."""
+    """What one round of one method needs: opposing sources, judging players, and the objective."""
 
     opponents: tuple[int, ...]
     players: tuple[int, ...]
@@ -230,6 +242,6 @@ def plan(method: str, fields: Fields, *, round_index: int, window: int) -> Plan:
     )
 
 
-def samples_responses(method: str, fields: Fields) -> bool:
-    """Whether the method plays at all: supervised fine-tuning never samples."""
-    return bool(METHODS[method].opponents(fields, 0, 1))
+def needs_rejected(method: str, fields: Fields) -> bool:
+    """Whether the method compares with the dispreferred answers of preference data."""
+    return REJECTED in METHODS[method].opponents(fields, 0, 1)

@@ -21,8 +21,7 @@ from etils import epath
 
 from selfplay_jax import metrics
 from selfplay_jax.errors import UserError
-
-TARGET = -1  # the source "annotated answers"; sources 0, 1, ... are the responses of that round
+from selfplay_jax.groups import REJECTED, TARGET
 
 _SCHEMA = pa.schema(
     [
@@ -41,7 +40,8 @@ _SCHEMA = pa.schema(
 class Responses:
     """The responses of one round to N prompts, S each.
 
-    tokens[n][s]: token ids, the end token included; finished [N, S] bool; logps [N, S] float32 as sampled.
+    tokens[n][s]: token ids, the end token included; finished [N, S] bool; logps [N, S] float32 as sampled (NaN for
+    answers that were not sampled).
     """
 
     tokens: list[list[list[int]]]
@@ -133,8 +133,8 @@ class RoundFiles:
 
 
 def source_name(source: int) -> str:
-    """A source's name in files: "target", or "round_003"."""
-    return "target" if source == TARGET else f"round_{source:03d}"
+    """A source's name in files: "target", "rejected", or "round_003"."""
+    return {TARGET: "target", REJECTED: "rejected"}.get(source) or f"round_{source:03d}"
 
 
 def _read_responses(path: epath.Path, ids: Sequence[int]) -> Responses:

@@ -1,7 +1,8 @@
 """The score table: log π_j(z|x) of frozen player j on the responses of one source, computed once ever.
 
-A cell (player, source) never changes: source TARGET is the annotated answers, source s the responses of round s. It
-can first be needed in round max(player, source), and lies in that round's directory. Later rounds read it.
+A cell (player, source) never changes: source TARGET is the annotated answers, REJECTED the dispreferred ones, source s
+the responses of round s. It can first be needed in round max(player, source), and lies in that round's directory. Later
+rounds read it.
 """
 
 import functools

@@ -1,11 +1,5 @@
-"""The game: SFT, then rounds of sampling, scoring, training and evaluating. Reads as the papers' algorithm does.
+"""The game: the loop over rounds, as in the papers: answer, score, train, evaluate; and where a killed run goes on."""
 
-Every phase first looks whether its result is on disk already, so the loop that starts a run is also the one that goes
-on with it after any kill.
-"""
-
-import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,63 +8,23 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
-from selfplay_jax import config as configs
-from selfplay_jax import metrics, partitioning, report
-from selfplay_jax.checkpoints import Checkpoints, abstract_like
-from selfplay_jax.data import builtin, tasks
-from selfplay_jax.data.templates import Template, check_vocabulary, load_tokenizer
-from selfplay_jax.errors import Stopped, UserError
-from selfplay_jax.evaluation import evaluate
-from selfplay_jax.methods import WARM_UP, check_fields, plan, samples_responses
-from selfplay_jax.models import Model, load_hf, save_hf
+from selfplay_jax import game as games
+from selfplay_jax import report
+from selfplay_jax.config import of_round
+from selfplay_jax.evaluation import Subject, evaluate
+from selfplay_jax.game import Game
+from selfplay_jax.groups import REJECTED, TARGET
+from selfplay_jax.methods import WARM_UP, Plan, plan
+from selfplay_jax.metrics import MetricsWriter
 from selfplay_jax.models.decoder import Params
-from selfplay_jax.models.hf import read_config
 from selfplay_jax.progress import progress, say
-from selfplay_jax.rounds import TARGET, Responses, RoundFiles
+from selfplay_jax.rounds import Responses, RoundFiles
 from selfplay_jax.sampling.rollout import describe, rollout
-from selfplay_jax.scoring import ScoreTable
-from selfplay_jax.train import Settings, Table, summarise, train
+from selfplay_jax.table import Table
+from selfplay_jax.train import Settings, summarise, train
 
 SFT = -1  # the warm-up's round index
-
-
-@dataclasses.dataclass(frozen=True)
-class Game:
-    """What stays the same through a run."""
-
-    config: Any
-    workdir: epath.Path
-    model: Model
-    source: epath.Path  # the Hugging Face directory that exports take tokenizer and template from
-    template: Template
-    task: tasks.Task
-    mesh: Mesh
-    checkpoints: Checkpoints
-    scores: ScoreTable
-    should_stop: Callable[[], bool]
-
-    @property
-    def shardings(self) -> Params:
-        """Where parameters lie for training and scoring."""
-        return partitioning.tree_shardings(self.model.logical_axes(), self.model.abstract_params(), self.mesh)
-
-    def player(self, index: int) -> Params:
-        """θ_index, straight from Orbax into the training layout."""
-        return self.checkpoints.load_player(index, abstract_like(self.model.abstract_params(), self.shardings))
-
-    def for_decoding(self, params: Params) -> Params:
-        """The same parameters laid out for decoding: moved once per round, not gathered at every token."""
-        if self.config.sampling.sharded_weights:
-            return params
-        axes, rules = self.model.logical_axes(), partitioning.DECODE_RULES
-        return jax.device_put(params, partitioning.tree_shardings(axes, params, self.mesh, rules))
-
-    def check_stop(self) -> None:
-        """Raises Stopped between two phases when asked to."""
-        if self.should_stop():
-            raise Stopped
 
 
 def play(config: Any, workdir: epath.PathLike, should_stop: Callable[[], bool] = lambda: False) -> None:
@@ -80,11 +34,10 @@ def play(config: Any, workdir: epath.PathLike, should_stop: Callable[[], bool] =
       UserError: see the phases; nothing finished before it is lost.
       Stopped: `should_stop()` said so; the same call goes on later.
     """
-    configs.check(config)
-    check_fields(config.method, config.loss)
+    games.check(config)
     workdir = epath.Path(workdir)
-    _claim(workdir, config)
-    game = _set_up(config, workdir, should_stop)
+    games.claim(workdir, config)
+    game = games.set_up(config, workdir, should_stop)
     # Accelerators multiply float32 in fewer bits unless told not to; then scoring and training, which run in other
     # shapes, would differ by more than `tolerance`, and rounding would decide TPAW's α at θ = θ_t.
     exact = config.model.compute_dtype == "float32" and jax.default_backend() != "cpu"
@@ -100,55 +53,6 @@ def play(config: Any, workdir: epath.PathLike, should_stop: Callable[[], bool] =
     say("")
     say(report.table(workdir))
     say(f"\nreport: {page}")
-
-
-def _claim(workdir: epath.Path, config: Any) -> None:
-    """Records the config in a new workdir; in an old one, checks that it is the same run."""
-    path = workdir / "config.json"
-    if path.exists():
-        difference = configs.difference(metrics.read_json(path), config)
-        if difference:
-            raise UserError(
-                f"{workdir} holds a run with another config: {difference}. Take another --workdir, or the old value."
-            )
-    elif workdir.exists() and any(not p.name.startswith("config.json.partial-") for p in workdir.iterdir()):
-        raise UserError(f"{workdir} is not empty and holds no run (no config.json): take another --workdir.")
-    workdir.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(path, json.loads(config.to_json()))
-
-
-def _set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) -> Game:
-    """Reads tokenizer, data and the model's configuration; its weights are read when θ_0 is not there yet."""
-    mesh = partitioning.make_mesh(config.mesh.fsdp, config.mesh.tensor)
-    path = str(builtin.BASE) if config.model.path == "builtin" else config.model.path
-    fields = {name: value for name, value in config.model.items() if name != "path"}
-    model = Model(read_config(path), **fields)
-    tokenizer = load_tokenizer(path)
-    check_vocabulary(tokenizer, model.config.vocab_size)
-    template = Template.from_tokenizer(tokenizer, config.data.template, stop_ids=model.config.stop_ids)
-    task = tasks.load(config.data, template, config.seed)
-    metrics.write_json(workdir / "data.json", task.counts)
-    checkpoints = Checkpoints(workdir / "checkpoints", window=config.window)
-    scores = ScoreTable(workdir)
-    game = Game(config, workdir, model, epath.Path(path), template, task, mesh, checkpoints, scores, should_stop)
-    longest = config.data.max_prompt_tokens + max(config.data.max_response_tokens, config.sampling.max_new_tokens)
-    if longest > model.config.max_position_embeddings:
-        say(
-            f"note: prompts and responses may reach {longest} tokens, the model was made for "
-            f"{model.config.max_position_embeddings} (max_position_embeddings)"
-        )
-    dropped = {name: counts for name, counts in task.counts.items() if name != "bad_records_skipped"}
-    say(
-        f"{config.method} ({config.preset}): {len(task.train)} training, {len(task.validation)} validation and "
-        f"{len(task.test)} test examples, template '{template.kind}'"
-    )
-    for name, counts in dropped.items():
-        lost = {key: value for key, value in counts.items() if key != "kept" and value}
-        if lost:
-            say(f"{name}: " + ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in lost.items()))
-    if task.counts["bad_records_skipped"]:
-        say(f"{task.counts['bad_records_skipped']} bad records skipped")
-    return game
 
 
 class Clock:
@@ -173,7 +77,7 @@ def warm_up(game: Game) -> None:
     if files.summary() is not None:
         return
     task, config = game.task, game.config
-    _, params = load_hf(game.source, param_dtype=game.model.param_dtype, shardings=game.shardings)
+    params = game.brought()
     if config.sft.epochs:
         no_players = _player_scores(game, (), [TARGET], 1)
         targets = Table([r.prompt for r in task.train], [r.target for r in task.train], [], [], no_players)
@@ -186,7 +90,7 @@ def warm_up(game: Game) -> None:
 
 def play_round(game: Game, t: int) -> None:
     """Round t: θ_t answers, the players judge, the policy is trained into θ_{t+1}."""
-    files, clock, config = RoundFiles(game.workdir, t), Clock(), game.config
+    files, clock, config = RoundFiles(game.workdir, t), Clock(), of_round(game.config, t)
     if files.summary() is not None:
         return
     played = files.read("played.json")
@@ -199,17 +103,9 @@ def play_round(game: Game, t: int) -> None:
     records = game.task.train
     params = game.player(t)
     summary: dict[str, Any] = {"round": t, "method": config.method, "players": list(row.players)}
-    answers: dict[int, Responses] = {}
-    if samples_responses(config.method, config.loss):
-        with clock.time("sample"):
-            answers = {
-                s: RoundFiles(game.workdir, s).load_responses([r.id for r in records]) for s in row.opponents if s != t
-            }
-            answers[t] = rollout(
-                game.model, game.for_decoding(params), records, files, game.template, config.sampling,
-                samples_per_prompt=config.samples_per_prompt, seed=config.seed, mesh=game.mesh,
-                check_stop=game.check_stop,
-            )  # fmt: skip
+    with clock.time("sample"):
+        answers = _answers(game, row, params, config.sampling, files)
+    if t in answers:
         summary["responses"] = describe(answers[t], records)
     with clock.time("score"):
         responses = {s: answers[s].tokens for s in row.opponents}
@@ -225,6 +121,27 @@ def play_round(game: Game, t: int) -> None:
         params = _train(game, params, table, row.objective, _settings(config), files)
     files.write("played.json", summary)
     finish(game, files, clock, params, index=t + 1, summary=summary)
+
+
+def _answers(game: Game, row: Plan, params: Params, settings: Any, files: RoundFiles) -> dict[int, Responses]:
+    """The responses of every source that opposes: sampled by θ_t, read from earlier rounds, or brought by the data."""
+    records, t = game.task.train, files.round_index
+    answers: dict[int, Responses] = {}
+    for source in row.opponents:
+        if source == REJECTED:
+            rejected = [record.rejected or [] for record in records]
+            ended = np.array([[z[-1:] == [] or z[-1] in game.template.stop_ids] for z in rejected])
+            answers[source] = Responses([[z] for z in rejected], ended, np.full(ended.shape, np.nan, np.float32))
+        elif source == t:
+            model, decode_params = game.for_decoding(params)
+            answers[source] = rollout(
+                model, decode_params, records, files, game.template, settings,
+                samples_per_prompt=game.config.samples_per_prompt, seed=game.config.seed, mesh=game.mesh,
+                check_stop=game.check_stop,
+            )  # fmt: skip
+        else:
+            answers[source] = RoundFiles(game.workdir, source).load_responses([record.id for record in records])
+    return answers
 
 
 def judge(game: Game, players: tuple[int, ...], responses: dict[int, Any], known: dict[int, Params]) -> dict[str, int]:
@@ -262,17 +179,16 @@ def finish(game: Game, files: RoundFiles, clock: Clock, params: Params, *, index
         last = files.round_index == config.rounds - 1
         if config.evaluation.every and (index % config.evaluation.every == 0 or last):
             with clock.time("evaluate"):
-                result |= evaluate(
-                    game.model, params, game.for_decoding(params), game.task.test, game.task.validation,
-                    game.template, config, mesh=game.mesh, check_stop=game.check_stop,
-                )  # fmt: skip
+                result |= evaluate(_subject(game, params, index), game.task.test, game.task.validation)
+            with MetricsWriter(files.directory) as writer:
+                writer.write({"kind": "eval", "round": files.round_index, "step": index, **result})
         files.write("evaluation.json", result)
     with clock.time("save"):
         if index not in game.checkpoints.players():
             score = result.get(f"validation_{config.evaluation.select}", result.get(config.evaluation.select))
-            game.checkpoints.save_player(index, params, score=score)
+            game.save_player(index, params, score)
         if config.export == "every":
-            _export(game, params, f"theta_{index:03d}")
+            game.export(params, f"theta_{index:03d}")
     summary |= {
         "preset": config.preset,
         "eval": result,
@@ -289,14 +205,17 @@ def export(game: Game) -> None:
     if wanted is None and game.config.export == "best":
         say("nothing is exported: config.export=best needs evaluated checkpoints (config.evaluation.every)")
     elif wanted is not None:
-        path = _export(game, game.player(wanted), game.config.export)
+        path = game.export(game.player(wanted), game.config.export)
         say(f"exported player {wanted} to {path}")
 
 
-def _export(game: Game, params: Params, name: str) -> epath.Path:
-    path = game.workdir / "hf" / name
-    save_hf(path, game.model, params, source=game.source)
-    return path
+def _subject(game: Game, params: Params, index: int) -> Subject:
+    decode_model, decode_params = game.for_decoding(params)
+    start = (lambda: game.player(0)) if index > 0 else None
+    return Subject(
+        game.model, params, decode_model, decode_params, start, game.template, game.mesh, game.config, game.task.train,
+        game.check_stop,
+    )  # fmt: skip
 
 
 def _train(game: Game, params: Params, table: Table, objective: Any, settings: Settings, files: RoundFiles) -> Params:
@@ -320,5 +239,5 @@ def _usable(responses: Responses, cut_responses: str) -> Any:
 def _player_scores(game: Game, players: tuple[int, ...], sources: list[int], count: int) -> list[np.ndarray]:
     """The score table's cells by source, float32 [J, N, S_source]; J = 0 for a method without players."""
     if not players:
-        return [np.zeros((0, len(game.task.train), 1 if s == TARGET else count), np.float32) for s in sources]
+        return [np.zeros((0, len(game.task.train), 1 if s < 0 else count), np.float32) for s in sources]
     return [np.stack([game.scores.read(player, source) for player in players]) for source in sources]

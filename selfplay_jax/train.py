@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,67 +17,27 @@ from selfplay_jax import metrics as metrics_files
 from selfplay_jax import partitioning
 from selfplay_jax.checkpoints import Checkpoints, abstract_like
 from selfplay_jax.errors import Stopped, UserError
-from selfplay_jax.groups import Array, Group, Tokens, batches, epoch_order, pack, padding_share
+from selfplay_jax.groups import Array, padding_share
 from selfplay_jax.logprobs import response_logps
 from selfplay_jax.methods import Objective
 from selfplay_jax.metrics import MetricsWriter
 from selfplay_jax.models.decoder import Model, Params
 from selfplay_jax.progress import progress
+from selfplay_jax.table import Batch, Table, batches, schedule
 
 # Checkpoints inside rounds are numbered (round + 1) * STRIDE + step, so that a later one has a larger number.
 STRIDE = 10_000_000
 
 
 class TrainState(NamedTuple):
-    """params and optimizer state of a round, and the number of steps taken in it (int32 scalar)."""
+    """What is trained: parameters and optimizer state of a round, and the steps taken in it (int32 scalar).
+
+    With LoRA `params` are the adapters alone; the base stays outside (`Model.split`).
+    """
 
     params: Params
     opt_state: Any
     step: Array
-
-
-class Batch(NamedTuple):
-    """B groups with what the frozen players said of them; every leaf has B first.
-
-    players [B, J, K] float32; present [B, K] bool: responses to train on; real [B] bool: not a filler row.
-    """
-
-    group: Group
-    players: Array
-    present: Array
-    real: Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """All that a round trains on: one row per prompt, one column per source.
-
-    prompts, targets: N lists of ids. opponents: by opposing round (newest first) the S responses to each prompt;
-    usable: the same as bool [N, S]. players: by source ([target, *opponents]) float32 [J, N, S_source].
-    """
-
-    prompts: Sequence[Tokens]
-    targets: Sequence[Tokens]
-    opponents: Sequence[Sequence[Sequence[Tokens]]]
-    usable: Sequence[np.ndarray]
-    players: Sequence[np.ndarray]
-
-    def batch(self, rows: np.ndarray, *, size: int, epoch: int, per_round: int) -> Batch:
-        """The groups of `rows`, filled up to `size`; of a round's S samples each epoch takes the next `per_round`."""
-        filled = np.resize(rows, size)
-        real = np.arange(size) < len(rows)
-        columns = [[[self.targets[n]] for n in filled]]
-        present = [np.ones((size, 1), bool)]
-        players = [self.players[0][:, filled]]
-        for responses, usable, scores in zip(self.opponents, self.usable, self.players[1:], strict=True):
-            taken = (epoch * per_round + np.arange(per_round)) % usable.shape[1]
-            columns.append([[responses[n][s] for s in taken] for n in filled])
-            present.append(usable[np.ix_(filled, taken)])
-            players.append(scores[:, filled][:, :, taken])
-        responses = [[z for column in columns for z in column[b]] for b in range(size)]
-        scores = np.moveaxis(np.concatenate(players, axis=-1), 0, 1).astype(np.float32)
-        group = pack([self.prompts[n] for n in filled], responses)
-        return Batch(group, scores, np.concatenate(present, axis=-1) & real[:, None], real)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,25 +89,31 @@ class Settings:
 class Programs:
     """The jitted pieces of training for one model, objective, settings and mesh.
 
-    init: params -> TrainState. step: (state, batch, learning rate) -> (state, metrics).
+    init: trained params -> TrainState. step: (state, frozen params, batch, learning rate) -> (state, metrics).
     shardings: those of the TrainState; rows: that of a batch.
     """
 
     init: Callable[[Params], TrainState]
-    step: Callable[[TrainState, Batch, np.float32], tuple[TrainState, dict[str, jax.Array]]]
+    step: Callable[[TrainState, Params, Batch, np.float32], tuple[TrainState, dict[str, jax.Array]]]
     shardings: TrainState
     rows: NamedSharding
     abstract: TrainState
 
 
 def batch_loss(
-    model: Model, objective: Objective, params: Params, batch: Batch, mean_tokens: jax.Array, count: jax.Array
+    model: Model,
+    objective: Objective,
+    trained: Params,
+    frozen: Params,
+    batch: Batch,
+    mean_tokens: jax.Array,
+    count: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The part of a batch's loss that these rows carry: their losses' sum over the whole batch's `count` prompts.
 
     Microbatches' parts add up to the batch's loss, metrics too.
     """
-    policy = response_logps(model, params, batch.group)
+    policy = response_logps(model, model.join(trained, frozen), batch.group)
     players = jnp.moveaxis(batch.players, 1, 0)
     loss, compared, metrics = objective(policy, players, batch.present, mean_tokens)
     rows = compared & batch.real
@@ -173,6 +139,7 @@ def _step(
     optimizer: optax.GradientTransformation,
     accumulate: int,
     state: TrainState,
+    frozen: Params,
     batch: Batch,
     learning_rate: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -183,16 +150,16 @@ def _step(
     count = jnp.maximum(jnp.sum(usable), 1).astype(jnp.float32)
     gradient = jax.value_and_grad(functools.partial(batch_loss, model, objective), has_aux=True)
     if accumulate == 1:
-        (loss, metrics), grads = gradient(state.params, batch, mean_tokens, count)
+        (loss, metrics), grads = gradient(state.params, frozen, batch, mean_tokens, count)
     else:
         parts = _microbatches(batch, accumulate)
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), mean_tokens, count),
+            jax.eval_shape(gradient, state.params, frozen, jax.tree.map(lambda x: x[0], parts), mean_tokens, count),
         )
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(state.params, part, mean_tokens, count)), None
+            return jax.tree.map(jnp.add, total, gradient(state.params, frozen, part, mean_tokens, count)), None
 
         ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, parts)
 
@@ -232,34 +199,25 @@ def programs(model: Model, objective: Objective, settings: Settings, mesh: Mesh)
     """Builds (or recalls) the jitted pieces; rounds that differ in nothing else share them."""
     optimizer = settings.transform()
 
-    def init(params: Params) -> TrainState:
-        return TrainState(params, optimizer.init(params), jnp.int32(0))
+    def init(trained: Params) -> TrainState:
+        return TrainState(trained, optimizer.init(trained), jnp.int32(0))
 
-    abstract = jax.eval_shape(init, model.abstract_params())
-    param_shardings = partitioning.tree_shardings(model.logical_axes(), abstract.params, mesh)
+    every = model.abstract_params()
+    abstract = jax.eval_shape(init, model.split(every)[0])
+    param_shardings, frozen = model.split(partitioning.tree_shardings(model.logical_axes(), every, mesh))
     shardings = _state_shardings(abstract, param_shardings, optimizer, mesh)
     rows = NamedSharding(mesh, PartitionSpec("fsdp"))
     whole = partitioning.replicated(mesh)
     step = functools.partial(_step, model, objective, optimizer, settings.accumulate)
     return Programs(
         init=jax.jit(init, in_shardings=(param_shardings,), out_shardings=shardings, donate_argnums=0),
-        step=jax.jit(step, in_shardings=(shardings, rows, whole), out_shardings=(shardings, whole), donate_argnums=0),
+        step=jax.jit(
+            step, in_shardings=(shardings, frozen, rows, whole), out_shardings=(shardings, whole), donate_argnums=0
+        ),
         shardings=shardings,
         rows=rows,
         abstract=abstract_like(abstract, shardings),
     )
-
-
-def schedule(count: int, settings: Settings, *, seed: int, round_index: int) -> list[tuple[int, np.ndarray]]:
-    """Every step of a round as (epoch, rows); fixed by (seed, round, epoch)."""
-
-    def steps() -> Iterator[tuple[int, np.ndarray]]:
-        for epoch in range(settings.epochs):
-            order = epoch_order(count, seed=seed, round_index=round_index, epoch=epoch)
-            for rows in batches(order, settings.batch_size):
-                yield epoch, rows
-
-    return list(steps())
 
 
 def train(
@@ -279,13 +237,14 @@ def train(
 ) -> Params:
     """Trains a round from `params`, or from the newest state saved inside it; `directory` gets its metrics.
 
-    `params` are given away: their buffers are reused or freed, so that one parameter tree is in memory at a time.
+    What is trained of `params` is given away: its buffers are reused or freed, so that one parameter tree is in memory
+    at a time.
 
     Raises:
       Stopped: `should_stop()` said so; the state is saved.
       UserError: the loss is not finite; the state before that step is saved.
     """
-    steps = schedule(len(table.prompts), settings, seed=seed, round_index=round_index)
+    steps = schedule(len(table.prompts), settings.batch_size, settings.epochs, seed=seed, round_index=round_index)
     rates = settings.learning_rates(len(steps))
     parts = programs(model, objective, settings, mesh)
     shards = mesh.shape["fsdp"] * settings.accumulate
@@ -295,11 +254,14 @@ def train(
     saved = checkpoints.state_step()
     resumed = saved is not None and base <= saved < base + STRIDE
     start = saved - base if saved is not None and resumed else 0
+    trained, frozen = model.split(params)
+    loader = batches(table, steps, size=size, per_round=opponents_per_prompt)
     if resumed:
-        jax.tree.map(lambda leaf: leaf.delete(), params)
-        state = checkpoints.load_state(base + start, parts.abstract)
+        jax.tree.map(lambda leaf: leaf.delete(), trained)
+        state, position = checkpoints.load_state(base + start, parts.abstract)
+        loader.set_state(position)
     else:
-        state = parts.init(params)
+        state = parts.init(trained)
     name = "SFT" if round_index < 0 else f"training round {round_index}"
     with (
         partitioning.use_mesh(mesh),
@@ -309,32 +271,34 @@ def train(
         for number in range(start, len(steps)):
             stopping = should_stop()
             if number > start and (stopping or number % settings.checkpoint_every == 0):
-                checkpoints.save_state(base + number, state)
+                checkpoints.save_state(base + number, state, loader.get_state())
             if stopping:
                 raise Stopped
-            epoch, rows = steps[number]
-            batch = table.batch(rows, size=size, epoch=epoch, per_round=opponents_per_prompt)
-            state, row = _one_step(parts, state, batch, float(rates[number]))
+            position = loader.get_state()
+            batch = next(loader)
+            state, row = _one_step(parts, state, frozen, batch, float(rates[number]))
             if not row.pop("finite"):
                 if number > start:
-                    checkpoints.save_state(base + number, state)
+                    checkpoints.save_state(base + number, state, position)
                 raise UserError(
                     f"the loss is not finite at step {number + 1} of {name} (loss {row['loss']}, gradient norm "
                     f"{row['grad_norm']}); the state before that step is saved. Lower the learning rate, "
                     "in a new --workdir."
                 )
-            writer.write({"kind": "train", "round": round_index, "step": number + 1, "epoch": epoch, **row})
+            writer.write({"kind": "train", "round": round_index, "step": number + 1, "epoch": steps[number][0], **row})
             bar.update_text(f"loss {row['loss']:.4f}")
             bar.advance()
     if start < len(steps):
-        checkpoints.save_state(base + len(steps), state)
-    return state.params
+        checkpoints.save_state(base + len(steps), state, loader.get_state())
+    return model.join(state.params, frozen)
 
 
-def _one_step(parts: Programs, state: TrainState, batch: Batch, rate: float) -> tuple[TrainState, dict[str, float]]:
+def _one_step(
+    parts: Programs, state: TrainState, frozen: Params, batch: Batch, rate: float
+) -> tuple[TrainState, dict[str, float]]:
     """Takes a step and waits for it; the row of metrics has what the device and the clock say."""
     began = time.perf_counter()
-    state, metrics = parts.step(state, jax.device_put(batch, parts.rows), np.float32(rate))
+    state, metrics = parts.step(state, frozen, jax.device_put(batch, parts.rows), np.float32(rate))
     row = {key: float(value) for key, value in jax.device_get(metrics).items()}
     share = padding_share(batch.group, int(batch.real.sum()))
     tokens = (1.0 - share) * (batch.group.prompt.size + batch.group.responses.size)

@@ -16,6 +16,8 @@ from selfplay_jax import partitioning
 from selfplay_jax.checkpoints import Checkpoints, abstract_like
 from selfplay_jax.errors import UserError
 
+POSITION = {"next_index": 3}
+
 
 def tree(seed: int = 0):
     """Parameters of both dtypes, with the numbers that are easily lost."""
@@ -116,11 +118,13 @@ def test_only_the_newest_state_is_kept(opened):
     checkpoints = opened()
     assert checkpoints.state_step() is None
     for key in (10_000_003, 10_000_200, 20_000_001):
-        checkpoints.save_state(key, tree(key))
+        checkpoints.save_state(key, tree(key), POSITION)
         assert checkpoints.state_step() == key
     again = opened()
     assert again.state_step() == 20_000_001
-    assert_same_bits(again.load_state(20_000_001, abstract(2, 4)), tree(20_000_001))
+    state, position = again.load_state(20_000_001, abstract(2, 4))
+    assert_same_bits(state, tree(20_000_001))
+    assert position == POSITION
     assert len([path for path in (again._directory / "state").iterdir() if path.is_dir()]) == 1
 
 
@@ -134,7 +138,7 @@ def test_a_missing_player_is_one_sentence(opened):
 def test_a_half_written_step_is_never_listed(opened, tmp_path):
     checkpoints = opened()
     checkpoints.save_player(0, tree(0), score=0.5)
-    checkpoints.save_state(10_000_001, tree(1))
+    checkpoints.save_state(10_000_001, tree(1), POSITION)
     players, states = tmp_path / "checkpoints" / "players", tmp_path / "checkpoints" / "state"
     for folder, step in ((players, 0), (states, 10_000_001)):
         for suffix in (ocp.utils.TMP_DIR_SUFFIX, f"{ocp.utils.TMP_DIR_SUFFIX}1700000000"):
@@ -144,11 +148,11 @@ def test_a_half_written_step_is_never_listed(opened, tmp_path):
     again = opened()
     assert again.players() == [0] and again.best() == 0 and again.state_step() == 10_000_001
     again.save_player(1, tree(5), score=0.6)  # the leftover is in nobody's way
-    again.save_state(10_000_002, tree(6))
+    again.save_state(10_000_002, tree(6), POSITION)
     last = opened()
     assert last.players() == [0, 1] and last.state_step() == 10_000_002
     assert_same_bits(last.load_player(1, abstract()), tree(5))
-    assert_same_bits(last.load_state(10_000_002, abstract()), tree(6))
+    assert_same_bits(last.load_state(10_000_002, abstract())[0], tree(6))
 
 
 @pytest.mark.parametrize(
@@ -163,14 +167,17 @@ def test_a_half_written_step_is_never_listed(opened, tmp_path):
 def test_a_save_that_fails_is_one_sentence_and_what_was_saved_stays(opened, monkeypatch, error, says):
     checkpoints = opened()
     checkpoints.save_player(0, tree(0), score=None)
-    checkpoints.save_state(10_000_001, tree(1))
+    checkpoints.save_state(10_000_001, tree(1), POSITION)
 
     def fail(*args, **kwargs):
         raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "save", fail)
-        for save in (lambda: checkpoints.save_player(1, tree(1), score=0.0), lambda: checkpoints.save_state(9, tree())):
+        for save in (
+            lambda: checkpoints.save_player(1, tree(1), score=0.0),
+            lambda: checkpoints.save_state(9, tree(), POSITION),
+        ):
             with pytest.raises(UserError, match=f"cannot save a checkpoint under .*: {says}"):
                 save()
     again = opened()

@@ -7,8 +7,10 @@ import pytest
 
 from selfplay_jax import methods
 from selfplay_jax.errors import UserError
-from selfplay_jax.methods import METHODS, Method, Objective, check_fields, plan, samples_responses
+from selfplay_jax.groups import REJECTED
+from selfplay_jax.methods import METHODS, Method, Objective, check_fields, needs_rejected, plan
 
+DPO = {"beta": 0.1, "kind": "logistic"}
 SPIN = {"lam": 0.1, "kind": "logistic", "mix_previous": True}
 TSPIN = {"alpha": 0.3, "beta": 0.5, "kind": "logistic", "reference": False}
 TPAW = {
@@ -23,6 +25,8 @@ PLAIN_TPAW = {**TPAW, "target_weighting": False, "player_weighting": False}
     [
         ("sft", {}, 0, 3, (), ()),
         ("sft", {}, 4, 3, (), ()),
+        ("dpo", DPO, 0, 3, (REJECTED,), (0,)),
+        ("dpo", DPO, 4, 3, (REJECTED,), (0,)),
         ("spin", SPIN, 0, 3, (0,), (0,)),
         ("spin", SPIN, 1, 3, (1, 0), (1,)),
         ("spin", SPIN, 5, 1, (5, 4), (5,)),
@@ -49,9 +53,9 @@ def test_plan(method, fields, t, window, opponents, players):
     assert hash(found.objective) == hash(plan(method, fields, round_index=t, window=window).objective)
 
 
-def test_only_supervised_fine_tuning_samples_nothing():
-    fields = {"sft": {}, "spin": SPIN, "tspin": TSPIN, "tpaw": TPAW}
-    assert [name for name in METHODS if not samples_responses(name, fields[name])] == ["sft"]
+def test_only_dpo_asks_for_rejected_answers():
+    fields = {"sft": {}, "dpo": DPO, "spin": SPIN, "tspin": TSPIN, "tpaw": TPAW}
+    assert [name for name in METHODS if needs_rejected(name, fields[name])] == ["dpo"]
 
 
 # The losses once more, a comparison at a time, in float64.
@@ -261,7 +265,7 @@ def test_a_new_method_is_one_row(monkeypatch):
     monkeypatch.setitem(methods.METHODS, "toy", row)
     check_fields("toy", {"scale": 2.0})
     made = plan("toy", {"scale": 2.0}, round_index=3, window=2)
-    assert made.opponents == (3,) and made.players == () and samples_responses("toy", {"scale": 2.0})
+    assert made.opponents == (3,) and made.players == () and not needs_rejected("toy", {"scale": 2.0})
     policy, old, present = draw(1, 2, 0)
     loss, some, metrics = jax.jit(made.objective)(policy, old, present, jnp.float32(1.0))
     np.testing.assert_allclose(loss[0], 2.0 * (policy[0, 2] - policy[0, 0]), rtol=1e-6)

@@ -10,6 +10,7 @@ import pytest
 
 from selfplay_jax import rounds
 from selfplay_jax.errors import UserError
+from selfplay_jax.groups import TARGET
 from selfplay_jax.rounds import Responses, RoundFiles, chunks, read_array, source_name, write_array, write_bytes
 
 
@@ -84,7 +85,7 @@ def test_the_directories_of_rounds_and_of_the_warm_up(tmp_path):
     assert RoundFiles(tmp_path, -1).directory == tmp_path / "sft"
     assert RoundFiles(tmp_path, 12).directory == tmp_path / "rounds" / "012"
     assert RoundFiles(tmp_path, 2).score_path(1) == tmp_path / "rounds" / "002" / "scores" / "player_001.npz"
-    assert source_name(rounds.TARGET) == "target" and source_name(3) == "round_003"
+    assert source_name(TARGET) == "target" and source_name(3) == "round_003"
 
 
 def test_the_summary_is_the_done_marker(tmp_path):

@@ -10,8 +10,9 @@ from toy_training import MODEL, SETTINGS, TPAW, built, fresh_params, one_device,
 
 from selfplay_jax import partitioning, scoring
 from selfplay_jax.errors import Stopped
+from selfplay_jax.groups import TARGET
 from selfplay_jax.methods import METHODS, plan
-from selfplay_jax.rounds import TARGET, RoundFiles
+from selfplay_jax.rounds import RoundFiles
 from selfplay_jax.scoring import ScoreTable, score
 
 COUNT = 11
@@ -179,7 +180,7 @@ def first_step(objective, players: int, opponents: int, rounding: float = 0.0):
     parts = built(objective, SETTINGS)
     batch = data.batch(np.array([5, 2, 7, 0, 3, 1]), size=8, epoch=0, per_round=1)
     state = parts.init(fresh_params())
-    _, metrics = parts.step(state, jax.device_put(batch, parts.rows), np.float32(1e-2))
+    _, metrics = parts.step(state, {}, jax.device_put(batch, parts.rows), np.float32(1e-2))
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -14,7 +14,7 @@ from toy_training import MODEL, SETTINGS, TPAW, assert_close, built, fresh_param
 from selfplay_jax.groups import epoch_order
 from selfplay_jax.logprobs import response_logps
 from selfplay_jax.methods import Objective, plan
-from selfplay_jax.train import Table, schedule
+from selfplay_jax.table import Table, schedule
 
 DATA = table(24, opponents=2, players=1)
 SFT = plan("sft", {}, round_index=0, window=1).objective
@@ -229,7 +229,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     state, first = run_steps(parts, data, [1e-2], size=8, rows=8)
     before = jax.device_get(state)
     batch = jax.device_put(data.batch(np.arange(8, 16), size=8, epoch=0, per_round=1), parts.rows)
-    after, metrics = parts.step(state, batch, np.float32(1e-2))
+    after, metrics = parts.step(state, {}, batch, np.float32(1e-2))
     assert first[0]["finite"] and not metrics["finite"]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
     assert int(after.step) == 1
@@ -241,14 +241,13 @@ def test_one_parameter_tree_is_in_memory_at_a_time():
     state = parts.init(params)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
     batch = jax.device_put(batch_of(0), parts.rows)
-    after, _ = parts.step(state, batch, np.float32(1e-2))
+    after, _ = parts.step(state, {}, batch, np.float32(1e-2))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, batch)))
 
 
 def test_the_order_of_batches_is_fixed_by_seed_round_and_epoch():
-    settings = dataclasses.replace(SETTINGS, epochs=3, batch_size=4)
-    steps = schedule(10, settings, seed=5, round_index=2)
+    steps = schedule(10, 4, 3, seed=5, round_index=2)
     assert [(epoch, len(rows)) for epoch, rows in steps] == [(e, n) for e in range(3) for n in (4, 4, 2)]
     orders = [np.concatenate([rows for e, rows in steps if e == epoch]) for epoch in range(3)]
     assert all(sorted(order) == list(range(10)) for order in orders)

@@ -9,7 +9,8 @@ from tiny_models import PLAIN, VOCAB, loud_params, param_shardings, random_rows
 from selfplay_jax import partitioning
 from selfplay_jax.methods import Objective, plan
 from selfplay_jax.models.decoder import Model
-from selfplay_jax.train import Programs, Settings, Table, TrainState, programs
+from selfplay_jax.table import Table
+from selfplay_jax.train import Programs, Settings, TrainState, programs
 
 MODEL = Model(PLAIN)
 SPIN = {"lam": 0.1, "kind": "logistic", "mix_previous": True}
@@ -67,7 +68,7 @@ def run_steps(
     seen = []
     for step, rate in enumerate(rates):
         batch = data.batch(np.arange(step * rows, (step + 1) * rows), size=size, epoch=0, per_round=1)
-        state, metrics = parts.step(state, jax.device_put(batch, parts.rows), np.float32(rate))
+        state, metrics = parts.step(state, {}, jax.device_put(batch, parts.rows), np.float32(rate))
         seen.append({name: float(value) for name, value in metrics.items()})
     return state, seen
 

@@ -1,6 +1,15 @@
-"""One checkpoint on the held-out records: greedy and sampled accuracy, log-likelihood of the annotated answers."""
+"""One checkpoint on held-out records: the evaluations that `config.evaluation.run` lists, by name.
 
-from collections.abc import Callable, Sequence
+greedy, sampled     accuracy of the final answer, greedy and at temperature 1
+likelihood          log π(y|x) of the annotated answers, per answer and per token
+wins                own samples against the annotated answers: which the policy finds likelier, which it rewards
+gsm8k, gsm8k_zero   GSM8K as lm-evaluation-harness scores it, with `evaluation.shots` worked examples, or none
+lm_eval/TASK        a task or group of lm-evaluation-harness
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,85 +17,160 @@ from jax.sharding import Mesh
 
 from selfplay_jax.data.templates import Template
 from selfplay_jax.data.tokens import Record
+from selfplay_jax.errors import UserError
 from selfplay_jax.evaluation.exact_match import Answers, mean_and_error
 from selfplay_jax.models.decoder import Model, Params
 from selfplay_jax.progress import progress
-from selfplay_jax.sampling import generate
+from selfplay_jax.sampling import Samples, generate
 from selfplay_jax.scoring import score
 
 # Evaluation draws from streams of its own, the same ones for every checkpoint, so that checkpoints are compared on
 # common random numbers.
 _SEED_OFFSET = 1_000_003
+_HARNESS = "lm_eval/"
+
+Result = dict[str, Any]
 
 
-def evaluate(
-    model: Model,
-    params: Params,
-    decode_params: Params,
-    test: Sequence[Record],
-    validation: Sequence[Record],
-    template: Template,
-    config: Any,
-    *,
-    mesh: Mesh,
-    check_stop: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Numbers of one checkpoint, all with standard errors (`_se`) over prompts.
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A checkpoint as the evaluations see it.
 
-    greedy_accuracy, sampled_accuracy (temperature 1): share of responses that end in the target's answer;
-    target_logp: mean log π(y|x) of the annotated answers in nats; validation_*: the same on the validation records.
-
-    Args:
-      params, decode_params: the same parameters, laid out for scoring and for decoding.
-      config: the run's config.
-      check_stop: called now and then; may raise to end the evaluation.
+    params are laid out for scoring; decode_model and decode_params compute the same, laid out for decoding (and with
+    LoRA's adapters merged). start() gives the parameters of θ_0, None for θ_0 itself. train: records to take worked
+    examples from.
     """
-    settings = config.evaluation
-    answers = Answers(settings.answer)
-    result: dict[str, Any] = {"n": len(test)}
 
-    def accuracy(records: Sequence[Record], temperature: float, copies: int, prefix: str) -> None:
-        name = f"{prefix}{'sampled' if temperature else 'greedy'}_accuracy"
-        with progress(f"evaluating: {name}", total=len(records) * copies, unit="responses") as bar:
+    model: Model
+    params: Params
+    decode_model: Model
+    decode_params: Params
+    start: Callable[[], Params] | None
+    template: Template
+    mesh: Mesh
+    config: Any
+    train: Sequence[Record]
+    check_stop: Callable[[], None] = lambda: None
+
+    def generate(self, title: str, prompts: Sequence[Sequence[int]], temperature: float, copies: int) -> Samples:
+        """`copies` answers to each prompt, with the run's settings."""
+        with progress(f"evaluating: {title}", total=len(prompts) * copies, unit="responses") as bar:
 
             def advance(count: int) -> None:
                 bar.advance(count)
-                check_stop()
+                self.check_stop()
 
-            samples = generate(
-                model,
-                decode_params,
-                [record.prompt for record in records],
-                seed=config.seed + _SEED_OFFSET,
+            return generate(
+                self.decode_model,
+                self.decode_params,
+                prompts,
+                seed=self.config.seed + _SEED_OFFSET,
                 temperature=temperature,
-                max_new_tokens=config.sampling.max_new_tokens,
-                stop_ids=template.stop_ids,
+                max_new_tokens=self.config.sampling.max_new_tokens,
+                stop_ids=self.template.stop_ids,
                 samples_per_prompt=copies,
-                slots=settings.batch_size,
-                mesh=mesh,
+                slots=self.config.evaluation.batch_size,
+                mesh=self.mesh,
                 on_progress=advance,
             )
-        texts = [template.decode(tokens) for tokens in samples.tokens]
-        targets = [record.target_text for record in records for _ in range(copies)]
-        right = answers.correct(texts, targets) & samples.finished
-        result[name], result[f"{name}_se"] = mean_and_error(right.reshape(len(records), copies).mean(axis=1))
 
-    def likelihood(records: Sequence[Record], prefix: str) -> None:
-        check_stop()
-        prompts, targets = [r.prompt for r in records], [[r.target] for r in records]
-        logps = score(model, params, prompts, targets, mesh=mesh, batch_size=settings.batch_size)[:, 0]
-        name = f"{prefix}target_logp"
-        result[name], result[f"{name}_se"] = mean_and_error(logps.astype(np.float64))
-        result[f"{prefix}target_nll_per_token"] = -float(logps.sum()) / sum(len(r.target) for r in records)
+    def score(self, params: Params, records: Sequence[Record], columns: Sequence[Any]) -> np.ndarray:
+        """log π of K responses to each record's prompt under `params`, float32 [N, K]."""
+        self.check_stop()
+        prompts, size = [record.prompt for record in records], self.config.evaluation.batch_size
+        return score(self.model, params, prompts, columns, mesh=self.mesh, batch_size=size)
 
-    if test:
-        if settings.greedy:
-            accuracy(test, 0.0, 1, "")
-        if settings.samples_per_prompt:
-            accuracy(test, 1.0, settings.samples_per_prompt, "")
-        likelihood(test, "")
+
+def _accuracy(subject: Subject, records: Sequence[Record], name: str, temperature: float, copies: int) -> Result:
+    samples = subject.generate(name, [record.prompt for record in records], temperature, copies)
+    texts = [subject.template.decode(tokens) for tokens in samples.tokens]
+    targets = [record.target_text for record in records for _ in range(copies)]
+    right = Answers(subject.config.evaluation.answer).correct(texts, targets) & samples.finished
+    return _mean(name, right.reshape(len(records), copies).mean(axis=1))
+
+
+def _greedy(subject: Subject, records: Sequence[Record]) -> Result:
+    return _accuracy(subject, records, "greedy_accuracy", 0.0, 1)
+
+
+def _sampled(subject: Subject, records: Sequence[Record]) -> Result:
+    return _accuracy(subject, records, "sampled_accuracy", 1.0, subject.config.evaluation.samples_per_prompt)
+
+
+def _likelihood(subject: Subject, records: Sequence[Record]) -> Result:
+    logps = subject.score(subject.params, records, [[record.target] for record in records])[:, 0]
+    tokens = sum(len(record.target) for record in records)
+    return _mean("target_logp", logps) | {"target_nll_per_token": -float(logps.sum()) / tokens}
+
+
+def _wins(subject: Subject, records: Sequence[Record]) -> Result:
+    """Shares of prompts whose annotated answer y beats the policy's own sample y'.
+
+    wins_logp: log π(y) > log π(y'). wins_reward: the log ratio to θ_0 is larger for y. wins_reward_only: larger reward
+    though smaller log-likelihood, the share that T-SPIN's Figure 3 shows. Prompts with y' = y are left out.
+    """
+    samples = subject.generate("wins", [record.prompt for record in records], 1.0, 1)
+    pairs = [(r, [r.target, z]) for r, z in zip(records, samples.tokens, strict=True) if z != r.target]
+    if not pairs:
+        return {"wins_n": 0}
+    records, columns = [record for record, _ in pairs], [column for _, column in pairs]
+    policy = subject.score(subject.params, records, columns)
+    logp = policy[:, 0] > policy[:, 1]
+    result = {"wins_n": len(pairs)} | _mean("wins_logp", logp)
+    if subject.start is None:
+        return result
+    rewards = policy - subject.score(subject.start(), records, columns)
+    reward = rewards[:, 0] > rewards[:, 1]
+    return result | _mean("wins_reward", reward) | _mean("wins_reward_only", reward & ~logp)
+
+
+def _mean(name: str, values: np.ndarray) -> Result:
+    mean, error = mean_and_error(np.asarray(values, np.float64))
+    return {name: mean, f"{name}_se": error}
+
+
+EVALUATIONS: Mapping[str, Callable[[Subject, Sequence[Record]], Result]] = {
+    "greedy": _greedy,
+    "sampled": _sampled,
+    "likelihood": _likelihood,
+    "wins": _wins,
+}
+
+
+def parse(run: str) -> list[tuple[str, int]]:
+    """ "greedy:200,likelihood" as [("greedy", 200), ("likelihood", 0)]; 0 is all examples.
+
+    Raises:
+      UserError: a name that is no evaluation, or a count that is no positive number.
+    """
+    wanted = []
+    for part in filter(None, (part.strip() for part in run.split(","))):
+        name, colon, count = part.rpartition(":") if ":" in part else (part, "", "")
+        if name not in EVALUATIONS and not name.startswith(_HARNESS):
+            close = difflib.get_close_matches(name, EVALUATIONS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(EVALUATIONS)} and lm_eval/TASK."
+            raise UserError(f"config.evaluation.run has {name!r}, which is no evaluation; {hint}")
+        if colon and not (count.isdecimal() and int(count) > 0):
+            raise UserError(f"config.evaluation.run has {part!r}: after the colon stands a number of examples.")
+        wanted.append((name, int(count or 0)))
+    return wanted
+
+
+def evaluate(subject: Subject, test: Sequence[Record], validation: Sequence[Record]) -> Result:
+    """Numbers of one checkpoint with their standard errors over prompts (`NAME_se`).
+
+    The listed evaluations run on the test records (the first so many, where a number is given). On the validation
+    records runs what `evaluation.select` ranks checkpoints by; its numbers are called validation_*.
+    """
+    settings = subject.config.evaluation
+    result: Result = {"n": len(test)}
+    for name, count in parse(settings.run):
+        if name.startswith(_HARNESS):
+            result |= _harness(subject, name.removeprefix(_HARNESS), count)
+        elif test:
+            result |= EVALUATIONS[name](subject, test[: count or None])
     if validation:
-        likelihood(validation, "validation_")
-        if settings.select == "sampled_accuracy":
-            accuracy(validation, 1.0, max(settings.samples_per_prompt, 1), "validation_")
+        ranking = [_likelihood] + ([_sampled] if settings.select == "sampled_accuracy" else [])
+        for run in ranking:
+            result |= {f"validation_{name}": value for name, value in run(subject, validation).items()}
     return result

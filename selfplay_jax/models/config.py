@@ -18,6 +18,23 @@ class RopeScaling:
     original_max_position: int = 8192
 
 
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685): W + (alpha / rank) A B on the projections named in `targets`."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = PROJECTIONS
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that shapes a Llama, Qwen2 or Mistral decoder. Hashable, so that jitted functions can close over it.

@@ -6,6 +6,7 @@ plain nested dict, so that losses, Orbax and the sharding table see a tree and n
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from selfplay_jax import partitioning
-from selfplay_jax.models import attention
-from selfplay_jax.models.config import ModelConfig
+from selfplay_jax.models import attention, lora
+from selfplay_jax.models.config import Lora, ModelConfig
 
 Params = dict[str, Any]
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -39,7 +40,10 @@ def _param(rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: part
 
 
 class Projection(nnx.Module):
-    """A stacked linear map: kernel [L, *inputs, *outputs] and, where the family has one, bias [L, *outputs]."""
+    """A stacked linear map: kernel [L, *inputs, *outputs] and, where the family has one, bias [L, *outputs].
+
+    With `adapters` of rank r also lora_a [L, *inputs, r] and lora_b [L, r, *outputs], float32: x -> x W + s (x A) B.
+    """
 
     def __init__(
         self,
@@ -48,16 +52,27 @@ class Projection(nnx.Module):
         outputs: dict[str, int],
         *,
         use_bias: bool,
+        adapters: Lora | None,
         rngs: nnx.Rngs,
         param_dtype: Any,
         dtype: Any,
     ):
-        self.dtype = dtype
+        self.dtype, self.adapters = dtype, adapters
         self.input_rank = len(inputs)
         shape, axes = (layers, *inputs.values(), *outputs.values()), ("layers", *inputs, *outputs)
         self.kernel = _param(rngs, _NORMAL, shape, axes, param_dtype)
         if use_bias:
             self.bias = _param(rngs, _ZEROS, (layers, *outputs.values()), ("layers", *outputs), param_dtype)
+        if adapters is not None:
+            # As peft: A uniform in ±1/sqrt(inputs), B zero, so that the adapted model starts as the base.
+            bound = math.prod(inputs.values()) ** -0.5
+            uniform, rank = lora.centred_uniform(bound), adapters.rank
+            self.lora_a = _param(
+                rngs, uniform, (layers, *inputs.values(), rank), ("layers", *inputs, None), jnp.float32
+            )
+            self.lora_b = _param(
+                rngs, _ZEROS, (layers, rank, *outputs.values()), ("layers", None, *outputs), jnp.float32
+            )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Contracts the last `len(inputs)` dimensions of x. Called inside the layer scan, where L is gone."""
@@ -66,6 +81,9 @@ class Projection(nnx.Module):
         if hasattr(self, "bias"):
             bias = self.bias[...].astype(self.dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        if self.adapters is not None:
+            narrow = jnp.tensordot(x, self.lora_a[...].astype(self.dtype), axes=self.input_rank)
+            y = y + self.adapters.scale * jnp.tensordot(narrow, self.lora_b[...].astype(self.dtype), axes=1)
         return y
 
 
@@ -87,25 +105,32 @@ class RMSNorm(nnx.Module):
 class Block(nnx.Module):
     """One layer's weights (all layers' outside the scan) and its pieces; the callers below compose them."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Any, dtype: Any):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Any, dtype: Any, adapters: Lora | None):
         self.config = config
         self.frequencies = tuple(attention.rope_frequencies(config).tolist())
         layers, embed = config.num_layers, {"embed": config.hidden_size}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
         mlp = {"mlp": config.intermediate_size}
-        linear = functools.partial(Projection, layers, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
+
+        def linear(name: str, inputs: dict[str, int], outputs: dict[str, int], use_bias: bool) -> Projection:
+            adapted = adapters if adapters is not None and name in adapters.targets else None
+            return Projection(
+                layers, inputs, outputs,
+                use_bias=use_bias, adapters=adapted, rngs=rngs, param_dtype=param_dtype, dtype=dtype,
+            )  # fmt: skip
+
         norm = functools.partial(
             RMSNorm, (layers,), config.hidden_size, config.rms_norm_eps, rngs=rngs, param_dtype=param_dtype
         )
         self.attn_norm, self.mlp_norm = norm(), norm()
-        self.q = linear(embed, heads, use_bias=config.qkv_bias)
-        self.k = linear(embed, kv, use_bias=config.qkv_bias)
-        self.v = linear(embed, kv, use_bias=config.qkv_bias)
-        self.o = linear(heads, embed, use_bias=config.out_bias)
-        self.gate = linear(embed, mlp, use_bias=config.mlp_bias)
-        self.up = linear(embed, mlp, use_bias=config.mlp_bias)
-        self.down = linear(mlp, embed, use_bias=config.mlp_bias)
+        self.q = linear("q", embed, heads, config.qkv_bias)
+        self.k = linear("k", embed, kv, config.qkv_bias)
+        self.v = linear("v", embed, kv, config.qkv_bias)
+        self.o = linear("o", heads, embed, config.out_bias)
+        self.gate = linear("gate", embed, mlp, config.mlp_bias)
+        self.up = linear("up", embed, mlp, config.mlp_bias)
+        self.down = linear("down", mlp, embed, config.mlp_bias)
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., T, D] -> rotated queries [..., T, H, Hd], rotated keys and values [..., T, KV, Hd]."""
@@ -143,10 +168,12 @@ class Head(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, stacked layers, final norm and output projection."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Any, dtype: Any, remat: str):
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Any, dtype: Any, remat: str, adapters: Lora | None
+    ):
         self.config, self.dtype, self.remat = config, dtype, remat
         self.embed = Embedding(config, rngs=rngs, param_dtype=param_dtype)
-        self.layers = Block(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
+        self.layers = Block(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype, adapters=adapters)
         self.final_norm = RMSNorm((), config.hidden_size, config.rms_norm_eps, rngs=rngs, param_dtype=param_dtype)
         if not config.tie_embeddings:
             self.head = Head(config, rngs=rngs, param_dtype=param_dtype)
@@ -302,6 +329,7 @@ class Model:
     compute_dtype: dtype of activations and of the weights as they are used. param_dtype: dtype of the stored weights.
     remat: "none", "dots" (keep matrix products) or "full" (keep only each layer's input).
     logits_chunk: response positions whose logits exist at one time (see `logprobs`).
+    lora: low-rank adapters on the projections, which then are all that is trained; None trains every parameter.
     """
 
     config: ModelConfig
@@ -309,6 +337,7 @@ class Model:
     param_dtype: str = "float32"
     remat: str = "none"
     logits_chunk: int = 32
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:
@@ -321,6 +350,7 @@ class Model:
             param_dtype=jnp.dtype(self.param_dtype),
             dtype=jnp.dtype(self.compute_dtype),
             remat=self.remat,
+            adapters=self.lora,
         )
 
     @functools.cached_property
@@ -343,6 +373,14 @@ class Model:
             is_leaf=lambda node: isinstance(node, nnx.Variable),
         )
         return nnx.to_pure_dict(axes)
+
+    def split(self, tree: Params) -> tuple[Params, Params]:
+        """A tree like the parameters as (what is trained, what is frozen): (everything, {}) without LoRA."""
+        return (tree, {}) if self.lora is None else lora.split(tree)
+
+    def join(self, trained: Params, frozen: Params) -> Params:
+        """Undoes `split`."""
+        return lora.join(trained, frozen)
 
     def bind(self, params: Params) -> Decoder:
         """The Flax module with `params` inside; use it within one jitted function."""

@@ -1,0 +1,160 @@
+"""What stays the same through a run: its config, data, model, mesh and files, checked before anything is computed."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from selfplay_jax import config as configs
+from selfplay_jax import metrics, partitioning
+from selfplay_jax.checkpoints import Checkpoints, abstract_like
+from selfplay_jax.data import builtin, tasks
+from selfplay_jax.data.templates import Template, check_vocabulary, load_tokenizer
+from selfplay_jax.errors import Stopped, UserError
+from selfplay_jax.evaluation import parse
+from selfplay_jax.methods import check_fields, needs_rejected
+from selfplay_jax.models import Model, load_hf, lora, read_config, save_hf
+from selfplay_jax.models.decoder import Params
+from selfplay_jax.progress import say
+from selfplay_jax.scoring import ScoreTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Game:
+    """A run. `base` is what is never trained: {} without LoRA, else all parameters but the adapters."""
+
+    config: Any
+    workdir: epath.Path
+    model: Model
+    source: str  # the Hugging Face directory or hub name that the model came from
+    base: Params
+    template: Template
+    task: tasks.Task
+    mesh: Mesh
+    checkpoints: Checkpoints
+    scores: ScoreTable
+    should_stop: Callable[[], bool]
+
+    @property
+    def shardings(self) -> Params:
+        """Where parameters lie for training and scoring."""
+        return partitioning.tree_shardings(self.model.logical_axes(), self.model.abstract_params(), self.mesh)
+
+    def brought(self) -> Params:
+        """The parameters that the user brought, with new adapters (that change nothing yet) under LoRA."""
+        if self.model.lora is None:
+            return load_hf(self.source, param_dtype=self.model.param_dtype, shardings=self.shardings)[1]
+        shardings = self.model.split(self.shardings)[0]
+        adapters = jax.jit(lambda key: self.model.split(self.model.init(key))[0], out_shardings=shardings)
+        return self.model.join(adapters(jax.random.key(self.config.seed)), self.base)
+
+    def player(self, index: int) -> Params:
+        """θ_index, straight from Orbax into the training layout."""
+        trained = self.model.split(abstract_like(self.model.abstract_params(), self.shardings))[0]
+        return self.model.join(self.checkpoints.load_player(index, trained), self.base)
+
+    def save_player(self, index: int, params: Params, score: float | None) -> None:
+        """Commits θ_index: what is trained of it."""
+        self.checkpoints.save_player(index, self.model.split(params)[0], score=score)
+
+    def for_decoding(self, params: Params) -> tuple[Model, Params]:
+        """The same policy for decoding: adapters merged, laid out once instead of gathered at every token."""
+        model, params = lora.merge(self.model, params)
+        if self.config.sampling.sharded_weights:
+            return model, params
+        rules = partitioning.DECODE_RULES
+        return model, jax.device_put(
+            params, partitioning.tree_shardings(model.logical_axes(), params, self.mesh, rules)
+        )
+
+    def export(self, params: Params, name: str) -> epath.Path:
+        """Writes WORKDIR/hf/NAME: a model directory, or under LoRA with `lora.export=peft` the adapters alone."""
+        path = self.workdir / "hf" / name
+        if self.model.lora is not None and self.config.lora.export == "peft":
+            lora.save_peft(path, self.model, params, base=self.source)
+        else:
+            model, params = lora.merge(self.model, params)
+            save_hf(path, model, params, source=self.source)
+        return path
+
+    def check_stop(self) -> None:
+        """Raises Stopped between two phases when asked to."""
+        if self.should_stop():
+            raise Stopped
+
+
+def claim(workdir: epath.Path, config: Any) -> None:
+    """Records the config in a new workdir; in an old one, checks that it is the same run."""
+    path = workdir / "config.json"
+    if path.exists():
+        difference = configs.difference(metrics.read_json(path), config)
+        if difference:
+            raise UserError(
+                f"{workdir} holds a run with another config: {difference}. Take another --workdir, or the old value."
+            )
+    elif workdir.exists() and any(not p.name.startswith("config.json.partial-") for p in workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty and holds no run (no config.json): take another --workdir.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(path, json.loads(config.to_json()))
+
+
+def check(config: Any) -> None:
+    """Raises a UserError for the first field that cannot work, without reading model or data."""
+    configs.check(config)
+    for t in range(max(config.rounds, 1)):
+        check_fields(config.method, configs.of_round(config, t).loss)
+    parse(config.evaluation.run)
+    lora.lora_of(**_lora_fields(config))
+
+
+def _lora_fields(config: Any) -> dict[str, Any]:
+    return {name: config.lora[name] for name in ("rank", "alpha", "targets")}
+
+
+def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) -> Game:
+    """Reads tokenizer, data and the model's configuration; of its weights only what is never trained."""
+    mesh = partitioning.make_mesh(config.mesh.fsdp, config.mesh.tensor)
+    path = str(builtin.BASE) if config.model.path == "builtin" else config.model.path
+    fields = {name: value for name, value in config.model.items() if name != "path"}
+    model = Model(read_config(path), **fields, lora=lora.lora_of(**_lora_fields(config)))
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, model.config.vocab_size)
+    template = Template.from_tokenizer(tokenizer, config.data.template, stop_ids=model.config.stop_ids)
+    task = tasks.load(config.data, template, config.seed)
+    metrics.write_json(workdir / "data.json", task.counts)
+    if needs_rejected(config.method, config.loss) and any(record.rejected is None for record in task.train):
+        raise UserError(
+            f"config.method={config.method} compares with dispreferred answers, and {config.data.source} has none: "
+            "take preference data (columns prompt, chosen, rejected), or name the column in config.data.columns."
+        )
+    _tell(config, model, template, task)
+    base: Params = {}
+    if model.lora is not None:
+        shardings = model.split(partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh))[1]
+        base = load_hf(path, param_dtype=model.param_dtype, shardings=shardings)[1]
+    checkpoints = Checkpoints(workdir / "checkpoints", window=config.window)
+    return Game(config, workdir, model, path, base, template, task, mesh, checkpoints, ScoreTable(workdir), should_stop)
+
+
+def _tell(config: Any, model: Model, template: Template, task: tasks.Task) -> None:
+    longest = config.data.max_prompt_tokens + max(config.data.max_response_tokens, config.sampling.max_new_tokens)
+    if longest > model.config.max_position_embeddings:
+        say(
+            f"note: prompts and responses may reach {longest} tokens, the model was made for "
+            f"{model.config.max_position_embeddings} (max_position_embeddings)"
+        )
+    dropped = {name: counts for name, counts in task.counts.items() if name != "bad_records_skipped"}
+    say(
+        f"{config.method} ({config.preset}): {len(task.train)} training, {len(task.validation)} validation and "
+        f"{len(task.test)} test examples, template '{template.kind}'"
+    )
+    for name, counts in dropped.items():
+        lost = {key: value for key, value in counts.items() if key != "kept" and value}
+        if lost:
+            say(f"{name}: " + ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in lost.items()))
+    if task.counts["bad_records_skipped"]:
+        say(f"{task.counts['bad_records_skipped']} bad records skipped")
