@@ -61,11 +61,11 @@ def test_every_preset_loads_and_passes_its_checks(file):
 
 def test_overrides_of_every_type_and_the_workdir():
     numbers = ["--config.rounds=7", "--config.train.learning_rate=2e-6", "--config.loss.eta=3", "-config.seed=5"]
-    others = ["--config.loss.kind=hinge", "--noconfig.loss.target_weighting", "--config.evaluation.greedy=false"]
+    others = ["--config.loss.kind=hinge", "--noconfig.loss.target_weighting", "--config.sampling.sharded_weights=true"]
     config, workdir = main.read_flags([TPAW, "--workdir=/somewhere", *numbers, *others])
     assert workdir == "/somewhere"
     assert (config.rounds, config.train.learning_rate, config.loss.eta, config.seed) == (7, 2e-6, 3.0, 5)
-    assert (config.loss.kind, config.loss.target_weighting, config.evaluation.greedy) == ("hinge", False, False)
+    assert (config.loss.kind, config.loss.target_weighting, config.sampling.sharded_weights) == ("hinge", False, True)
     assert main.read_flags([TPAW, "--config.workdir=/there"])[1] == "/there"
 
 
@@ -75,7 +75,7 @@ def test_overrides_of_every_type_and_the_workdir():
         ([], r"--config=configs/tpaw\.py"),
         ([SPIN, TPAW], "once"),
         ([f"--config={ROOT}/configs/tpw.py"], r"no config file .*tpw\.py; .*tpaw\.py"),
-        ([f"--config={ROOT}/configs/demo.py"], r"demo\.py defines no get_config; .*spin\.py"),
+        ([f"--config={ROOT}/configs/scales.py"], r"scales\.py defines no get_config; .*spin\.py"),
         ([f"--config={ROOT}/pyproject.toml"], r"pyproject\.toml defines no get_config"),
         ([f"{TPAW}:dem"], r"no preset 'dem' \(did you mean demo\?\); it has demo"),
         ([TPAW, "--config.train.learning_rat=1"], r"no field 'train\.learning_rat'; did you mean config\.train\.learn"),
@@ -86,7 +86,7 @@ def test_overrides_of_every_type_and_the_workdir():
         ([TPAW, "--config.rounds=two"], r"config\.rounds.*two"),
         ([TPAW, "--config.rounds=2.5"], r"config\.rounds.*2\.5"),
         ([TPAW, "--config.train.learning_rate=fast"], r"config\.train\.learning_rate.*fast"),
-        ([TPAW, "--config.evaluation.greedy=maybe"], r"config\.evaluation\.greedy.*maybe"),
+        ([TPAW, "--config.sampling.sharded_weights=maybe"], r"config\.sampling\.sharded_weights.*maybe"),
         ([TPAW, "--wrkdir=x"], "wrkdir.*workdir"),
         ([TPAW, "extra"], "unexpected argument 'extra'"),
         ([TPAW, "config.rounds=2"], r"unexpected argument 'config\.rounds=2'"),
@@ -162,7 +162,7 @@ def test_the_same_config_is_no_difference(tmp_path):
         ("loss.lam=0.25", "config.loss.lam is 5.0 there and 0.25 here"),
         ("seed=3", "config.seed is 0 there and 3 here"),
         ("train.optimizer=rmsprop", "config.train.optimizer is 'adamw' there and 'rmsprop' here"),
-        ("evaluation.greedy=false", "config.evaluation.greedy is True there and False here"),
+        ("sampling.sharded_weights=true", "config.sampling.sharded_weights is False there and True here"),
     ],
 )
 def test_difference_names_the_field_and_both_values(override, says, tmp_path):

@@ -233,7 +233,7 @@ def test_at_the_start_of_a_round_every_target_is_boosted(players):
 @pytest.mark.parametrize(
     ("method", "fields", "says"),
     [
-        ("spn", SPIN, r"config\.method='spn' is not one of sft, spin, tspin, tpaw"),
+        ("spn", SPIN, r"config\.method='spn' is not one of sft, dpo, spin, tspin, tpaw"),
         ("spin", {**SPIN, "eta": 6.0}, r"config\.loss\.eta is no field of spin; it has kind, lam, mix_previous"),
         ("sft", {"lam": 1.0}, r"config\.loss\.lam is no field of sft"),
         ("tpaw", {**TPAW, "kind": "hing"}, r"config\.loss\.kind='hing' is not one of logistic, hinge, exponential"),

@@ -22,7 +22,7 @@ _SMALL = [
     "--config.sft.epochs=2", "--config.sft.batch_size=4", "--config.train.epochs=2", "--config.train.batch_size=4",
     "--config.train.checkpoint_every=3", "--config.sampling.chunk=6", "--config.sampling.slots=8",
     "--config.scoring.chunk=6", "--config.scoring.batch_size=6", "--config.evaluation.samples_per_prompt=1",
-    "--config.evaluation.greedy=False", "--config.evaluation.batch_size=8",
+    "--config.evaluation.run=sampled,likelihood", "--config.evaluation.batch_size=8",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from toy_training import MODEL, SETTINGS, TPAW, assert_close, built, fresh_param
 from selfplay_jax.groups import epoch_order
 from selfplay_jax.logprobs import response_logps
 from selfplay_jax.methods import Objective, plan
-from selfplay_jax.table import Table, schedule
+from selfplay_jax.table import Table, batches, schedule
 
 DATA = table(24, opponents=2, players=1)
 SFT = plan("sft", {}, round_index=0, window=1).objective
@@ -303,5 +304,22 @@ _compiled = {}
 
 def compiled_step(parts, batch, players: int):
     if players not in _compiled:
-        _compiled[players] = parts.step.lower(parts.abstract, batch, np.float32(0)).compile()
+        _compiled[players] = parts.step.lower(parts.abstract, {}, batch, np.float32(0)).compile()
     return _compiled[players]
+
+
+def test_batches_come_in_the_schedule_s_order_and_go_on_where_they_stood():
+    data = table(10, opponents=2, players=1)
+    steps = schedule(10, 4, 2, seed=3, round_index=1)
+    whole = list(batches(data, steps, size=4, per_round=1))
+    assert len(whole) == len(steps) == 6
+    for (epoch, rows), found in zip(steps, whole, strict=True):
+        assert_close(found, data.batch(rows, size=4, epoch=epoch, per_round=1), rtol=0)
+    loader = batches(data, steps, size=4, per_round=1)
+    for _ in range(3):
+        next(loader)
+    position = json.loads(json.dumps(loader.get_state()))  # as a checkpoint keeps it
+    again = batches(data, steps, size=4, per_round=1)
+    again.set_state(position)
+    for found, wanted in zip(again, whole[3:], strict=True):
+        assert_close(found, wanted, rtol=0)
