@@ -28,7 +28,7 @@ from selfplay_jax.models import Model, load_hf, save_hf
 from selfplay_jax.models.decoder import Params
 from selfplay_jax.models.hf import read_config
 from selfplay_jax.progress import progress, say
-from selfplay_jax.rounds import TARGET, Responses, RoundFiles
+from selfplay_jax.rounds import TARGET, Responses, RoundFiles, write_bytes
 from selfplay_jax.sampling.rollout import describe, rollout
 from selfplay_jax.scoring import ScoreTable
 from selfplay_jax.train import Settings, Table, summarise, train
@@ -126,8 +126,7 @@ def _set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) -
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, model.config.vocab_size)
     template = Template.from_tokenizer(tokenizer, config.data.template, stop_ids=model.config.stop_ids)
-    task = tasks.load(config.data, template, config.seed)
-    metrics.write_json(workdir / "data.json", task.counts)
+    task = _load_task(config, workdir, template)
     checkpoints = Checkpoints(workdir / "checkpoints", window=config.window)
     scores = ScoreTable(workdir)
     game = Game(config, workdir, model, epath.Path(path), template, task, mesh, checkpoints, scores, should_stop)
@@ -137,18 +136,29 @@ def _set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) -
             f"note: prompts and responses may reach {longest} tokens, the model was made for "
             f"{model.config.max_position_embeddings} (max_position_embeddings)"
         )
-    dropped = {name: counts for name, counts in task.counts.items() if name != "bad_records_skipped"}
     say(
         f"{config.method} ({config.preset}): {len(task.train)} training, {len(task.validation)} validation and "
         f"{len(task.test)} test examples, template '{template.kind}'"
     )
-    for name, counts in dropped.items():
+    for name, counts in task.counts.items():
         lost = {key: value for key, value in counts.items() if key != "kept" and value}
         if lost:
             say(f"{name}: " + ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in lost.items()))
-    if task.counts["bad_records_skipped"]:
-        say(f"{task.counts['bad_records_skipped']} bad records skipped")
     return game
+
+
+def _load_task(config: Any, workdir: epath.Path, template: Template) -> tasks.Task:
+    """Reads the data, writes down what they are, and checks that they still are what the run began with."""
+    task = tasks.load(config.data, template, config.seed)
+    about, listed = workdir / "data.json", workdir / "bad_records.jsonl"
+    if about.exists():
+        tasks.check_same(metrics.read_json(about), task, workdir)
+    metrics.write_json(about, task.describe())
+    if task.bad:
+        lines = (json.dumps(dataclasses.asdict(bad), ensure_ascii=False) + "\n" for bad in task.bad)
+        write_bytes(listed, "".join(lines).encode("utf-8", "backslashreplace"))
+        say(f"{len(task.bad)} bad records skipped, listed in {listed}")
+    return task
 
 
 class Clock:
