@@ -19,6 +19,7 @@ FREE_FIELDS = (
     "rounds",
     "export",
     "compilation_cache",
+    "data.cache",
     "train.checkpoint_every",
     "evaluation.batch_size",
 )
@@ -55,19 +56,22 @@ def base() -> ConfigDict:
                 "export": "merged",  # or "peft": adapter_config.json and adapter_model.safetensors
             },
             "data": {
-                "source": "builtin",  # a .jsonl or .parquet file, a directory or glob of them, a hub name
+                "source": "builtin",  # files, a directory or glob of them, a hub name, tfds:NAME; see data/sources.py
                 "split": "train",
                 "columns": "",  # e.g. "prompt=instruction,response=output"; "" finds the usual names itself
-                "examples": 0,  # a subset fixed by the seed; 0: all (of the built-in task: 100)
+                "turns": "last",  # which assistant turns of a dialogue are answers: last, first, all
+                "examples": 0,  # records of a subset fixed by the seed; 0: all (of the built-in task: 100)
                 "test": "",  # where the test examples come from; "" holds some of `source` back
                 "test_split": "test",
                 "test_examples": 500,
                 "validation_examples": 200,  # held back from the training examples (built-in task: its own)
-                "template": "auto",  # auto, chat, plain, alpaca, chatml, or a Jinja file
+                "template": "auto",  # auto, chat, plain, alpaca, chatml, zephyr, llama3, or a Jinja file
                 "max_prompt_tokens": 512,
                 "max_response_tokens": 512,
                 "overlong": "drop",  # or truncate
                 "on_bad_record": "raise",  # or skip
+                "tfds_dir": "",  # where tensorflow-datasets lie; "" is ~/tensorflow_datasets
+                "cache": "~/.cache/selfplay_jax/data",  # tokenised examples; "" keeps none
             },
             "sft": {
                 "epochs": 0,  # 0: the model is the SFT policy already
@@ -181,6 +185,7 @@ _CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
+    "data.turns": ("last", "first", "all"),
     "data.overlong": ("drop", "truncate"),
     "data.on_bad_record": ("raise", "skip"),
     "train.optimizer": ("adamw", "rmsprop", "adafactor"),

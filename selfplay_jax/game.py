@@ -20,6 +20,7 @@ from selfplay_jax.methods import check_fields, needs_rejected
 from selfplay_jax.models import Model, load_hf, lora, read_config, save_hf
 from selfplay_jax.models.decoder import Params
 from selfplay_jax.progress import say
+from selfplay_jax.rounds import write_bytes
 from selfplay_jax.scoring import ScoreTable
 
 
@@ -124,8 +125,7 @@ def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) ->
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, model.config.vocab_size)
     template = Template.from_tokenizer(tokenizer, config.data.template, stop_ids=model.config.stop_ids)
-    task = tasks.load(config.data, template, config.seed)
-    metrics.write_json(workdir / "data.json", task.counts)
+    task = _load_task(config, workdir, template)
     if needs_rejected(config.method, config.loss) and any(record.rejected is None for record in task.train):
         raise UserError(
             f"config.method={config.method} compares with dispreferred answers, and {config.data.source} has none: "
@@ -140,6 +140,20 @@ def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) ->
     return Game(config, workdir, model, path, base, template, task, mesh, checkpoints, ScoreTable(workdir), should_stop)
 
 
+def _load_task(config: Any, workdir: epath.Path, template: Template) -> tasks.Task:
+    """Reads the data, writes down what they are, and checks that they still are what the run began with."""
+    task = tasks.load(config.data, template, config.seed)
+    about, listed = workdir / "data.json", workdir / "bad_records.jsonl"
+    if about.exists():
+        tasks.check_same(metrics.read_json(about), task, workdir)
+    metrics.write_json(about, task.describe())
+    if task.bad:
+        lines = (json.dumps(dataclasses.asdict(bad), ensure_ascii=False) + "\n" for bad in task.bad)
+        write_bytes(listed, "".join(lines).encode("utf-8", "backslashreplace"))
+        say(f"{len(task.bad)} bad records skipped, listed in {listed}")
+    return task
+
+
 def _tell(config: Any, model: Model, template: Template, task: tasks.Task) -> None:
     longest = config.data.max_prompt_tokens + max(config.data.max_response_tokens, config.sampling.max_new_tokens)
     if longest > model.config.max_position_embeddings:
@@ -147,14 +161,11 @@ def _tell(config: Any, model: Model, template: Template, task: tasks.Task) -> No
             f"note: prompts and responses may reach {longest} tokens, the model was made for "
             f"{model.config.max_position_embeddings} (max_position_embeddings)"
         )
-    dropped = {name: counts for name, counts in task.counts.items() if name != "bad_records_skipped"}
     say(
         f"{config.method} ({config.preset}): {len(task.train)} training, {len(task.validation)} validation and "
         f"{len(task.test)} test examples, template '{template.kind}'"
     )
-    for name, counts in dropped.items():
+    for name, counts in task.counts.items():
         lost = {key: value for key, value in counts.items() if key != "kept" and value}
         if lost:
             say(f"{name}: " + ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in lost.items()))
-    if task.counts["bad_records_skipped"]:
-        say(f"{task.counts['bad_records_skipped']} bad records skipped")

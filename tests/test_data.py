@@ -45,7 +45,7 @@ def pair(n: int) -> dict[str, str]:
 )
 def test_conventions(tmp_path: pathlib.Path, record: dict[str, Any]) -> None:
     examples, skipped = sources.load(written(tmp_path / "a.jsonl", record))
-    assert skipped == 0
+    assert skipped == []
     assert examples == [Example(0, (user("P"),), "R", None, "a.jsonl:1")]
 
 
@@ -111,7 +111,7 @@ def test_bad_records_are_named_or_skipped(tmp_path: pathlib.Path, record: Any, s
     with pytest.raises(UserError, match=rf"a\.jsonl:3: .*{said}.*data.on_bad_record"):
         sources.load(path)
     examples, skipped = sources.load(path, on_bad_record="skip")
-    assert skipped == 1
+    assert len(skipped) == 1
     assert [(e.id, e.response, e.where) for e in examples] == [(0, "r0", "a.jsonl:1"), (2, "r2", "a.jsonl:4")]
 
 
@@ -174,7 +174,7 @@ def test_parquet(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Non
         sources.load(path)
     examples, skipped = sources.load(path, on_bad_record="skip")
     assert examples == [Example(0, (user("P"),), "R", None, "a.parquet[0]")]
-    assert skipped == 1
+    assert len(skipped) == 1
     assert not list(home.iterdir())  # and no cache left behind
     path.write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file"):
@@ -247,7 +247,7 @@ def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gsm8k(shared: pathlib.Path) -> None:
     examples, skipped = sources.load(shared / "data" / "gsm8k" / "train.jsonl")
-    assert (len(examples), skipped) == (7473, 0)
+    assert (len(examples), skipped) == (7473, [])
     assert examples[16].where == "train.jsonl:17"
     assert all("####" in e.response for e in examples)
     assert len(sources.load(shared / "data" / "gsm8k", split="test")[0]) == 1319

@@ -8,8 +8,11 @@ switched off. The ids of prompt + response therefore spell the full rendering, c
 
 import dataclasses
 import difflib
+import functools
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +42,27 @@ _CHATML = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
 
-_BUILT_IN = {"plain": _PLAIN, "alpaca": _ALPACA, "chatml": _CHATML}
+# zephyr-7b's. Like the real one it writes no BOS.
+_ZEPHYR = """\
+{%- for message in messages -%}
+{{- '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"""
+
+# Llama 3's; its BOS is written with the ids.
+_LLAMA3 = """\
+{%- for message in messages -%}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}"""
+
+_BUILT_IN = {"plain": _PLAIN, "alpaca": _ALPACA, "chatml": _CHATML, "zephyr": _ZEPHYR, "llama3": _LLAMA3}
 KINDS = ("auto", "chat", *_BUILT_IN)
 _PROBE = "Probe7Answer"
+_NO_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
+# Llama 3.2's template, for one, writes today's date into every prompt. A run that goes on tomorrow must read the same
+# prompts, so the date is the one that these templates fall back to.
+_FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -80,7 +101,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
 class Template:
     """Turns messages and answers into ids, and sampled ids into text. Make it with `from_tokenizer`.
 
-    kind: "chat", "plain", "alpaca", "chatml" or the path of a Jinja file.
+    kind: "chat", "plain", "alpaca", "chatml", "zephyr", "llama3" or the path of a Jinja file.
     end_id: the token that ends an assistant's turn; every encoded response ends in it, once.
     stop_ids: every token that ends a sampled response; `end_id` first.
     bos_id: the tokenizer's beginning-of-text token, or None.
@@ -91,8 +112,9 @@ class Template:
     end_id: int
     stop_ids: tuple[int, ...]
     bos_id: int | None
-    _jinja: str | None = dataclasses.field(repr=False)
+    _jinja: str = dataclasses.field(repr=False)
     _add_bos: bool = dataclasses.field(repr=False)
+    _prompts: Any = dataclasses.field(repr=False)
     _continuation: Any = dataclasses.field(repr=False)
     _prompt_tail: str = dataclasses.field(repr=False)
     _lead: str = dataclasses.field(repr=False)
@@ -105,8 +127,8 @@ class Template:
         Args:
           tokenizer: a fast transformers tokenizer.
           kind: "chat" (the tokenizer's own chat template), "plain" (contents only, nothing between prompt and
-            answer), "alpaca" (SPIN's `### Instruction: ... ### Response: `), "chatml", the path of a .jinja
-            template, or "auto": "chat" if the tokenizer has a chat template, else "plain".
+            answer), "alpaca" (SPIN's `### Instruction: ... ### Response: `), "chatml", "zephyr", "llama3", the path
+            of a .jinja template, or "auto": "chat" if the tokenizer has a chat template, else "plain".
           stop_ids: more tokens that end a response, e.g. those of the model's generation_config.json.
 
         What the template writes between its generation prompt and the answer goes to the answer if it is
@@ -136,34 +158,58 @@ class Template:
             bos_id=bos_id,
             _jinja=jinja,
             _add_bos=kind in _BUILT_IN and bos_id is not None and tokenizer.encode("Hello")[:1] == [bos_id],
+            _prompts=_copy(tokenizer),
             _continuation=_continuation(tokenizer),
             _prompt_tail=lead if lead.strip() else "",
             _lead="" if lead.strip() else lead,
             _gap=gap,
         )
 
-    def render_prompt(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt as text, up to where the answer begins."""
-        return _render(self.tokenizer, self._jinja, self.kind, messages, True) + self._prompt_tail
+    def render_prompt(self, messages: Sequence[dict[str, str]], answer: str = "") -> str:
+        """The prompt as text, up to where the answer begins.
+
+        An `answer` that brings its own `<think>` part begins before the empty one that some templates write.
+        """
+        text = _render(self.tokenizer, self._jinja, self.kind, messages, True) + self._prompt_tail
+        return _NO_THOUGHT.sub("", text) if answer.startswith("<think>") else text
 
     def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Ids of the rendered prompt, with one BOS at most."""
-        return self.encode_rendered(self.render_prompt(messages))
+        return self.encode_rendered([self.render_prompt(messages)])[0]
 
-    def encode_rendered(self, prompt_text: str) -> list[int]:
-        """Ids of what `render_prompt` wrote."""
-        ids = self.tokenizer.encode(prompt_text, add_special_tokens=False, verbose=False)
-        if self._add_bos and ids[:1] != [self.bos_id]:
-            ids = [self.bos_id, *ids]
-        return ids
+    def encode_rendered(self, prompt_texts: Sequence[str]) -> list[list[int]]:
+        """Ids of what `render_prompt` wrote, many at once."""
+        rows = [row.ids for row in self._prompts.encode_batch_fast(list(prompt_texts), add_special_tokens=False)]
+        if self._add_bos:
+            rows = [ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids] for ids in rows]
+        return rows
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of an answer, ending in `end_id`; no BOS. Names of special tokens in the text stay text."""
+        return self.encode_responses([text])[0]
+
+    def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode_response`, many at once."""
         end = self.tokenizer.convert_ids_to_tokens(self.end_id)
-        while text.endswith(end):  # data sets that already write the end of turn
-            text = text.removesuffix(end)
-        ids = self._continuation.encode(self._lead + text + self._gap, add_special_tokens=False).ids
-        return [*ids, self.end_id]
+        whole = []
+        for text in texts:
+            while text.endswith(end):  # data sets that already write the end of turn
+                text = text.removesuffix(end)
+            whole.append(self._lead + text + self._gap)
+        rows = self._continuation.encode_batch_fast(whole, add_special_tokens=False)
+        return [[*row.ids, self.end_id] for row in rows]
+
+    @functools.cached_property
+    def tokenizer_sha256(self) -> str:
+        """Tells tokenizers apart: vocabulary, merges, special tokens and every rule."""
+        names = sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items())
+        return hashlib.sha256((self._prompts.to_str() + json.dumps(names)).encode()).hexdigest()
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Tells templates apart that would write other ids with the same tokenizer."""
+        parts = (self._jinja, self._prompt_tail, self._lead, self._gap, self._add_bos, self.bos_id, self.end_id)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The answer's text: undoes `encode_response`; also for sampled ids, finished or not."""
@@ -174,8 +220,8 @@ class Template:
         return text.removesuffix(self._gap) if finished else text
 
 
-def _find(tokenizer: Any, kind: str) -> tuple[str, str | None]:
-    """(kind, Jinja text); None stands for the tokenizer's own chat template."""
+def _find(tokenizer: Any, kind: str) -> tuple[str, str]:
+    """(kind, Jinja text)."""
     if kind == "auto":
         kind = "chat" if tokenizer.chat_template else "plain"
     if kind in _BUILT_IN:
@@ -184,11 +230,16 @@ def _find(tokenizer: Any, kind: str) -> tuple[str, str | None]:
         if not tokenizer.chat_template:
             kinds = ", ".join(_BUILT_IN)
             raise UserError(f"data.template is 'chat', but the tokenizer has none; use {kinds} or a .jinja file")
-        return kind, None
+        try:
+            text = tokenizer.get_chat_template()
+        except ValueError as error:  # several templates, none called default
+            raise UserError(f"data.template is 'chat', and the tokenizer's is unclear: {error}") from error
+        return kind, _FIXED_DATE + text if "strftime_now" in text else text
     path = Path(kind).expanduser()
     if path.is_file():
         try:
-            return kind, path.read_text("utf-8")
+            text = path.read_text("utf-8")
+            return kind, _FIXED_DATE + text if "strftime_now" in text else text
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the chat template {kind}: {error}") from error
     if path.suffix in (".jinja", ".jinja2", ".j2") or "/" in kind:
@@ -198,7 +249,7 @@ def _find(tokenizer: Any, kind: str) -> tuple[str, str | None]:
     raise UserError(f"data.template {kind!r} is unknown; {hint}")
 
 
-def _render(tokenizer: Any, jinja: str | None, kind: str, messages: Sequence[dict[str, str]], generation: bool) -> str:
+def _render(tokenizer: Any, jinja: str, kind: str, messages: Sequence[dict[str, str]], generation: bool) -> str:
     import jinja2
 
     try:
@@ -222,14 +273,23 @@ def _end_of_turn(tokenizer: Any, kind: str, tail: str) -> tuple[int, str]:
     return tokenizer.eos_token_id, ""
 
 
+def _copy(tokenizer: Any) -> Any:
+    """A copy whose rows no one's settings cut or pad."""
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
 def _continuation(tokenizer: Any) -> Any:
     """A copy that adds no space in front, strips none, and reads the names of special tokens as text."""
     from tokenizers import Tokenizer
 
-    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    whole = json.loads(_copy(tokenizer).to_str())
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         whole[part] = _without_prefix_space(whole[part])
-    whole["truncation"] = whole["padding"] = None
     copy = Tokenizer.from_str(json.dumps(whole))
     copy.encode_special_tokens = True
     return copy

@@ -1,11 +1,13 @@
 """From examples to token ids within the length limits. Masks are by length; no id ever means "ignore"."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from selfplay_jax.data.sources import Example
 from selfplay_jax.data.templates import Template
 from selfplay_jax.errors import UserError
+
+_BATCH = 1000  # examples whose texts go to the tokenizer together: it works on all cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ def encode(
     max_prompt_tokens: int,
     max_response_tokens: int,
     overlong: str = "drop",
+    on_progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[Record], dict[str, int]]:
     """Encodes every example and applies the limits.
 
@@ -40,13 +43,15 @@ def encode(
       max_prompt_tokens, max_response_tokens: in tokens, the end of turn included.
       overlong: "drop" leaves out examples whose prompt or answer (or rejected answer) is too long; "truncate"
         cuts prompts from the left, keeping a BOS, and answers from the right, with no invented end token.
+      on_progress: called with the number of examples done since the last call.
 
     Returns:
       Records in order, and {"kept", "prompts_dropped", "prompts_truncated", "responses_dropped",
       "responses_truncated"}, each a number of examples. An example dropped for its prompt counts there alone.
 
     Raises:
-      UserError: bad limit or policy, a message list that the template refuses, or nothing left.
+      UserError: bad limit or policy, a message list that the template refuses, two examples of one id, or nothing
+        left.
     """
     if overlong not in ("drop", "truncate"):
         raise UserError(f"data.overlong is {overlong!r}; it must be 'drop' or 'truncate'")
@@ -58,15 +63,13 @@ def encode(
             raise UserError(f"data.{field} is {value}; it must be at least 1")
     if not examples:
         raise UserError("there are no examples to encode")
+    _check_ids(examples)
     cut = overlong == "truncate"
     counts = dict.fromkeys(
         ("kept", "prompts_dropped", "prompts_truncated", "responses_dropped", "responses_truncated"), 0
     )
     records, shortest_prompt, shortest_answer = [], None, None
-    for example in examples:
-        text, prompt = _prompt(example, template)
-        target = template.encode_response(example.response)
-        rejected = None if example.rejected is None else template.encode_response(example.rejected)
+    for example, text, prompt, target, rejected in _encoded(examples, template, on_progress):
         answer = max(len(target), len(rejected or ()))
         long_prompt, long_answer = len(prompt) > max_prompt_tokens, answer > max_response_tokens
         if long_prompt and not cut:
@@ -103,15 +106,40 @@ def encode(
     return records, counts
 
 
-def _prompt(example: Example, template: Template) -> tuple[str, list[int]]:
+def _check_ids(examples: Sequence[Example]) -> None:
+    seen: dict[int, Example] = {}
+    for example in examples:
+        other = seen.setdefault(example.id, example)
+        if other is not example:
+            raise UserError(
+                f"{example.where} and {other.where} both have the id {example.id}; responses are kept by id, so ids "
+                "must differ"
+            )
+
+
+def _encoded(
+    examples: Sequence[Example], template: Template, on_progress: Callable[[int], None]
+) -> Iterator[tuple[Example, str, list[int], list[int], list[int] | None]]:
+    """Every example with its prompt's text and the ids of prompt, answer and rejected answer, before any limit."""
+    for start in range(0, len(examples), _BATCH):
+        batch = examples[start : start + _BATCH]
+        texts = [_prompt_text(example, template) for example in batch]
+        prompts = template.encode_rendered(texts)
+        targets = template.encode_responses([example.response for example in batch])
+        wrong = [example.rejected for example in batch if example.rejected is not None]
+        rejected = iter(template.encode_responses(wrong) if wrong else ())
+        for example, text, prompt, target in zip(batch, texts, prompts, targets, strict=True):
+            if not prompt:
+                raise UserError(f"{example.where}: the tokenizer turns the prompt into no token at all: {text!r}")
+            yield example, text, prompt, target, None if example.rejected is None else next(rejected)
+        on_progress(len(batch))
+
+
+def _prompt_text(example: Example, template: Template) -> str:
     try:
-        text = template.render_prompt(example.messages)
+        return template.render_prompt(example.messages, example.response)
     except UserError as error:
         raise UserError(f"{example.where}: {error}") from error
-    ids = template.encode_rendered(text)
-    if not ids:
-        raise UserError(f"{example.where}: the tokenizer turns the prompt into no token at all: {text!r}")
-    return text, ids
 
 
 def _cut_left(prompt: list[int], limit: int, bos_id: int | None) -> list[int]:
