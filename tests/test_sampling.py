@@ -372,3 +372,42 @@ def test_meshes_equal_one_device(base, shape):
     greedy = generate(MODEL, params, prompts, seed=5, temperature=0, **settings)
     assert_greedy(MODEL, prompts, greedy)
     assert len({token for tokens in greedy.tokens for token in tokens}) > VOCAB // 4
+
+
+# --- stop_when: ends that the host sees
+
+
+def long_or_odd(tokens):
+    """Holds from the first multiple of nine on, if 3 tokens stand before it; stays True for longer responses."""
+    return any(token % 9 == 0 for token in tokens[3:])
+
+
+@pytest.mark.parametrize("changes", [{}, {"slots": 1}, {"slots": 64, "temperature": 0.0}])
+def test_stop_when_cuts_each_response_where_it_first_holds(base, changes):
+    free = sample(**changes)
+    found = sample(stop_when=long_or_odd, **changes)
+    stopped = 0
+    for i, drawn in enumerate(free.tokens):
+        wanted = next((drawn[:n] for n in range(1, len(drawn) + 1) if long_or_odd(drawn[:n])), None)
+        stopped += wanted is not None and len(wanted) < len(drawn)
+        assert found.tokens[i] == (drawn if wanted is None else wanted)
+        assert found.lengths[i] == len(found.tokens[i])
+        assert found.finished[i] == (free.finished[i] or wanted is not None)
+        if wanted is None:
+            np.testing.assert_allclose(found.logps[i], free.logps[i], rtol=1e-4, atol=1e-4)
+        else:
+            assert np.isnan(found.logps[i])
+    assert 5 < stopped < len(PROMPTS)
+
+
+def test_stop_when_that_never_holds_changes_nothing(base):
+    assert_same(sample(stop_when=lambda tokens: False), base[0])
+
+
+def test_stop_when_saves_steps():
+    """A slot that was told to stop is released and refilled: all 26 end after 4 tokens, a look comes every 16."""
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder(patch)
+        samples = sample(stop_ids=(), stop_when=lambda tokens: len(tokens) >= 4, slots=13)
+    assert samples.lengths.tolist() == [4] * 26 and samples.finished.all()
+    assert recorder.steps == 2 * module._LOOK_EVERY < 2 * NEW

@@ -15,13 +15,17 @@ from selfplay_jax.models.decoder import Model, Params
 from selfplay_jax.sampling import slots as device
 from selfplay_jax.sampling.filters import SamplingFilter
 
+# Tokens that a slot decodes between two looks of `stop_when`.
+_LOOK_EVERY = 16
+
 
 class Samples(NamedTuple):
     """Responses in the order of the prompts.
 
     tokens: N lists of token ids, the stop token included where there is one; lengths [N] int32;
-    finished [N] bool: ended by a stop token, not cut at max_new_tokens;
-    logps [N] float32: log π(response | prompt) at temperature 1, without filters, in nats.
+    finished [N] bool: ended by a stop token (or by `stop_when`), not cut at max_new_tokens;
+    logps [N] float32: log π(response | prompt) at temperature 1, without filters, in nats; NaN where `stop_when` ended
+    the response (the sum then runs over some tokens more).
     """
 
     tokens: list[list[int]]
@@ -33,7 +37,7 @@ class Samples(NamedTuple):
 class _Programs(NamedTuple):
     empty: Callable[[], device.Slots]
     fill: Callable[[Params, device.Slots, device.Refill], device.Slots]
-    decode: Callable[[Params, device.Slots, np.int32], device.Slots]
+    decode: Callable[[Params, device.Slots, np.int32, np.int32 | None], device.Slots]
     keys: Callable[..., jax.Array]
 
 
@@ -83,6 +87,26 @@ def _programs(
     )
 
 
+def _stops_at(
+    stop_when: Callable[[list[int]], bool],
+    filled: np.ndarray,
+    drawn: np.ndarray,
+    counts: np.ndarray,
+    looked: np.ndarray,
+) -> np.ndarray:
+    """By slot, the length of the shortest prefix of its tokens that `stop_when` ends; 0 where there is none.
+
+    filled [B] bool; drawn [B, N]; counts [B]: tokens so far; looked [B]: how many of them `stop_when` has let pass.
+    """
+    lengths = np.zeros_like(counts)
+    for slot in np.flatnonzero(filled):
+        tokens = drawn[slot, : counts[slot]].tolist()
+        if stop_when(tokens):
+            shorter = (n for n in range(looked[slot] + 1, len(tokens)) if stop_when(tokens[:n]))
+            lengths[slot] = next(shorter, len(tokens))
+    return lengths
+
+
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
@@ -105,6 +129,7 @@ def generate(
     max_prompt_tokens: int | None = None,
     mesh: Mesh | None = None,
     on_progress: Callable[[int], None] | None = None,
+    stop_when: Callable[[list[int]], bool] | None = None,
 ) -> Samples:
     """Samples a response to each prompt.
 
@@ -123,6 +148,8 @@ def generate(
       share their compiled programs.
       mesh: where the parameters live; None is a single device.
       on_progress: called with the number of responses finished since the last call.
+      stop_when: says of a response's tokens so far whether to end there (stop strings, say); must stay True for longer
+      ones. Asked on the host every few tokens; the response ends where it first holds, wherever the host looked.
     Raises:
       ValueError: an empty prompt, a prompt longer than max_prompt_tokens, or a setting out of range.
     """
@@ -155,14 +182,19 @@ def generate(
     finished, logps = np.zeros(total, bool), np.zeros(total, np.float32)
     owner = np.full(slots, -1)
 
+    looked = np.zeros(slots, np.int32)  # tokens of each slot's response that `stop_when` has let pass
+
     with partitioning.use_mesh(mesh):
         state = programs.empty()
         while queue or (owner >= 0).any():
             free = np.flatnonzero(owner < 0)
+            if len(free) < min(width, len(queue)):
+                free = free[:0]  # after a look of `stop_when`: too few for a prefill, they wait for company
             while queue and len(free):
                 entering, queue = queue[: min(width, len(free))], queue[min(width, len(free)) :]
                 into, free = free[: len(entering)], free[len(entering) :]
                 owner[into] = entering
+                looked[into] = 0
                 source = np.full(slots, -1, np.int32)
                 source[into] = np.arange(len(entering))
                 rows: list[Sequence[int]] = [prompts[prompt_of[i]] for i in entering]
@@ -172,11 +204,18 @@ def generate(
                 spread[:, : len(entering)] = ids[prompt_of[entering]], copy_of[entering]
                 keys = programs.keys(np.uint32(seed), np.uint32(round_index), *spread)
                 state = programs.fill(params, state, device.Refill(jnp.asarray(source), padded, lengths, keys))
-            enough = min(slots, (slots - int((owner >= 0).sum())) + width) if queue else slots
-            state = programs.decode(params, state, np.int32(enough))
+            enough = np.int32(width if queue else slots)
+            state = programs.decode(params, state, enough, None if stop_when is None else np.int32(_LOOK_EVERY))
             busy, ended, sums, counts, drawn = jax.device_get(
                 (state.busy, state.finished, state.logps, state.produced, state.tokens)
             )
+            if stop_when is not None:
+                stops_at = _stops_at(stop_when, owner >= 0, drawn, counts, looked)
+                told, looked = stops_at > 0, counts.copy()
+                busy, ended = busy & ~told, ended | told
+                sums, counts = np.where(told, np.float32(np.nan), sums), np.where(told, stops_at, counts)
+                if told.any():
+                    state = state._replace(busy=jax.device_put(busy, state.busy.sharding))
             done = np.flatnonzero((owner >= 0) & ~busy)
             for slot in done:
                 tokens[owner[slot]] = drawn[slot, : counts[slot]].tolist()

@@ -113,8 +113,12 @@ def decode(
     params: Params,
     state: Slots,
     enough: jax.Array,
+    budget: jax.Array | None = None,
 ) -> Slots:
-    """Decodes until at least `enough` slots stand idle (int32 scalar; the number of slots: until all are done)."""
+    """Decodes until at least `enough` slots stand idle (int32 scalar; the number of slots: until all are done).
+
+    With a `budget` (int32 scalar) at most so many tokens a slot; None is another program, which counts nothing.
+    """
     decoder = model.bind(params)
     weights = decoder.output_matrix()
     slots, limit = state.tokens.shape
@@ -150,4 +154,11 @@ def decode(
         idle = slots - jnp.sum(state.busy)
         return (idle < enough) & (idle < slots)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    if budget is None:
+        return jax.lax.while_loop(unfinished, step, state)
+    _, state = jax.lax.while_loop(
+        lambda carry: (carry[0] > 0) & unfinished(carry[1]),
+        lambda carry: (carry[0] - 1, step(carry[1])),
+        (budget, state),
+    )
+    return state

@@ -1,0 +1,167 @@
+"""Log-likelihoods of continuations of contexts, each context's layers run once for all its continuations.
+
+What multiple-choice benchmarks ask: many short continuations of few long contexts, and several questions twice.
+"""
+
+import collections
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from selfplay_jax import partitioning
+from selfplay_jax.groups import pack
+from selfplay_jax.logprobs import greedy_logps
+from selfplay_jax.models.decoder import Model, Params
+
+# Continuations that stand beside each other in a group, at most: by number, and by tokens (padding included).
+_MOST_COLUMNS, _MOST_TOKENS = 32, 2048
+# Tokens of continuations that weigh little beside a context.
+_LITTLE = 64
+
+Ids = tuple[int, ...]
+
+
+class Likelihoods(NamedTuple):
+    """logps [N] float32: log π(continuation | context) in nats; greedy [N] bool: whether greedy decoding writes it."""
+
+    logps: np.ndarray
+    greedy: np.ndarray
+
+
+class _Row(NamedTuple):
+    """One context with some of its continuations: a row of a batch."""
+
+    context: Ids
+    continuations: list[Ids]
+
+
+class _Shape(NamedTuple):
+    """The padded sizes that rows of one batch share, the context's aside."""
+
+    columns: int
+    width: int
+
+
+@functools.lru_cache(maxsize=8)
+def _program(model: Model, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    rows = partitioning.NamedSharding(mesh, partitioning.PartitionSpec("fsdp"))
+    params = partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh)
+    return jax.jit(functools.partial(greedy_logps, model), in_shardings=(params, rows), out_shardings=rows)
+
+
+def likelihoods(
+    model: Model,
+    params: Params,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> Likelihoods:
+    """log π(continuation | context) of N pairs of token ids, in the order of the pairs.
+
+    Pairs with one context share its forward pass; a pair that comes twice is computed once. Sizes are padded to few
+    shapes, which compile once for all calls with the same model and mesh.
+
+    Args:
+      pairs: (context, continuation), each one token at least.
+      mesh: where the parameters live.
+      batch_size: contexts per forward pass.
+      on_progress: called with the number of pairs done since the last call.
+    Raises:
+      ValueError: an empty context or continuation.
+    """
+    if any(not len(context) or not len(continuation) for context, continuation in pairs):
+        raise ValueError("every pair needs a context and a continuation of one token at least")
+    asked: dict[tuple[Ids, Ids], list[int]] = collections.defaultdict(list)
+    for i, (context, continuation) in enumerate(pairs):
+        asked[tuple(context), tuple(continuation)].append(i)
+    result = Likelihoods(np.zeros(len(pairs), np.float32), np.zeros(len(pairs), bool))
+    batch_size = -(-batch_size // mesh.shape["fsdp"]) * mesh.shape["fsdp"]
+    program = _program(model, mesh)
+    for shape, rows in _batches(_rows(asked), batch_size):
+        padded = [rows[i % len(rows)] for i in range(_fill(len(rows), batch_size, mesh.shape["fsdp"]))]
+        group = pack(
+            [row.context for row in padded],
+            [row.continuations + [()] * (shape.columns - len(row.continuations)) for row in padded],
+            response_width=shape.width,
+        )
+        with partitioning.use_mesh(mesh):
+            logps, greedy = jax.device_get(program(params, group))
+        done = 0
+        for b, row in enumerate(rows):
+            for k, continuation in enumerate(row.continuations):
+                where = asked[row.context, continuation]
+                result.logps[where], result.greedy[where] = logps[b, k], greedy[b, k]
+                done += len(where)
+        if on_progress is not None:
+            on_progress(done)
+    return result
+
+
+def _rows(asked: Iterable[tuple[Ids, Ids]]) -> list[_Row]:
+    """The contexts with their continuations, the shortest first, cut where too many would stand side by side."""
+    by_context: dict[Ids, list[Ids]] = collections.defaultdict(list)
+    for context, continuation in asked:
+        by_context[context].append(continuation)
+    rows = []
+    for context, continuations in by_context.items():
+        row: list[Ids] = []
+        for continuation in sorted(continuations, key=len):
+            tokens = (len(row) + 1) * _width(len(continuation))
+            if len(row) == _MOST_COLUMNS or (row and tokens > _MOST_TOKENS):
+                rows.append(_Row(context, row))
+                row = []
+            row.append(continuation)
+        rows.append(_Row(context, row))
+    return rows
+
+
+def _width(length: int) -> int:
+    """The padded length of continuations: 1, 8, 16, 32, 64, ...; there are many contexts' lengths beside it."""
+    return 1 if length == 1 else max(8, 1 << (length - 1).bit_length())
+
+
+def _columns(count: int) -> int:
+    """The padded number of continuations: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32."""
+    power = 1 << (count - 1).bit_length()
+    return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
+
+
+def _shape(row: _Row) -> _Shape:
+    return _Shape(_columns(len(row.continuations)), _width(max(map(len, row.continuations))))
+
+
+def _batches(rows: list[_Row], batch_size: int) -> Iterator[tuple[_Shape, list[_Row]]]:
+    """Batches of rows of one shape each, the long contexts first.
+
+    A shape that has less than a batch of rows is not worth a program: its rows join the next that has room for them
+    and does not waste much.
+    """
+    by_shape: dict[_Shape, list[_Row]] = collections.defaultdict(list)
+    for row in rows:
+        by_shape[_shape(row)].append(row)
+    for shape in sorted(by_shape, key=_size):
+        most = max(_LITTLE, 2 * _size(shape))
+        roomier = [s for s in by_shape if s != shape and s.columns >= shape.columns and s.width >= shape.width]
+        roomier = [s for s in roomier if _size(s) <= most]
+        if roomier and len(by_shape[shape]) < batch_size:
+            by_shape[min(roomier, key=_size)] += by_shape.pop(shape)
+    for shape, members in sorted(by_shape.items(), reverse=True):
+        members.sort(key=lambda row: len(row.context), reverse=True)
+        for start in range(0, len(members), batch_size):
+            yield shape, members[start : start + batch_size]
+
+
+def _size(shape: _Shape) -> int:
+    return shape.columns * shape.width
+
+
+def _fill(count: int, batch_size: int, shards: int) -> int:
+    """The padded number of rows of a batch: a full one, or for a few rows a quarter of it."""
+    quarter = -(-batch_size // (4 * shards)) * shards
+    return quarter if count <= quarter else batch_size

@@ -1,0 +1,108 @@
+"""A model to evaluate: a Hugging Face directory, or a player of a run."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from selfplay_jax import metrics, partitioning
+from selfplay_jax.checkpoints import Checkpoints, abstract_like
+from selfplay_jax.data import builtin
+from selfplay_jax.errors import UserError
+from selfplay_jax.models import Model, load_hf, read_config
+from selfplay_jax.models.decoder import Params
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(
+    path: str | pathlib.Path,
+    *,
+    player: str | int | None = None,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Model, Params, str]:
+    """The model, its parameters, and the directory (or Hub name) of its tokenizer.
+
+    Args:
+      path: a Hugging Face directory or Hub name, or a run's workdir.
+      player: which checkpoint of a run: its number, "best" by its evaluations, or "final", the newest (the default).
+      dtype: of weights and activations; by default the directory's or the run's own, of a Hub name float32.
+      mesh: where the parameters go, in the training layout; None is the first device.
+    Raises:
+      UserError: no such directory, checkpoint or dtype; a player asked of a directory that is no run.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; it must be one of {', '.join(_DTYPES)}")
+    mesh = mesh or partitioning.make_mesh(1, 1, jax.devices()[:1])
+    directory = pathlib.Path(path).expanduser()
+    config = read_directory(directory)
+    if "method" in config:
+        return _load_player(directory, config, player, dtype, mesh)
+    if player is not None:
+        raise UserError(f"{path} is no run's workdir (its config.json names no method), so it has no player {player}")
+    own = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = dtype or (own if own in _DTYPES else "float32")
+    model = Model(read_config(path), compute_dtype=dtype, param_dtype=dtype)
+    _, params = load_hf(path, param_dtype=dtype, shardings=_shardings(model, mesh))
+    return model, params, str(directory if directory.is_dir() else path)
+
+
+def read_directory(path: str | pathlib.Path) -> dict[str, Any]:
+    """The config.json of a model's directory or a run's workdir; empty for a name that is no directory.
+
+    Raises:
+      UserError: a directory that is neither, or a path to nothing.
+    """
+    directory = pathlib.Path(path).expanduser()
+    file = directory / "config.json"
+    if file.is_file():
+        return metrics.read_json(file)
+    if directory.is_dir():
+        raise UserError(f"{directory} holds no config.json: it is neither a model's directory nor a run's workdir")
+    if directory.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+        raise UserError(f"there is no directory {directory}")
+    return {}
+
+
+def _shardings(model: Model, mesh: Mesh) -> Any:
+    return partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh)
+
+
+def _load_player(
+    workdir: pathlib.Path, config: dict[str, Any], player: str | int | None, dtype: str | None, mesh: Mesh
+) -> tuple[Model, Params, str]:
+    fields = dict(config["model"])
+    path = fields.pop("path")
+    source = str(builtin.BASE) if path == "builtin" else path
+    model = Model(read_config(source), **fields)
+    if not (workdir / "checkpoints" / "players").is_dir():
+        raise UserError(f"{workdir} holds no checkpoints: the run ended before it saved its first player")
+    checkpoints = Checkpoints(workdir / "checkpoints", window=config["window"])
+    try:
+        index = _index(checkpoints, player, workdir)
+        params = checkpoints.load_player(index, abstract_like(model.abstract_params(), _shardings(model, mesh)))
+    finally:
+        checkpoints.close()
+    if dtype is not None:
+        model = dataclasses.replace(model, compute_dtype=dtype, param_dtype=dtype)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return model, params, source
+
+
+def _index(checkpoints: Checkpoints, player: str | int | None, workdir: pathlib.Path) -> int:
+    there = checkpoints.players()
+    if not there:
+        raise UserError(f"{workdir} holds no checkpoints: the run ended before it saved its first player")
+    if player in (None, "final"):
+        return there[-1]
+    if player == "best":
+        best = checkpoints.best()
+        if best is None:
+            raise UserError(f"no player of {workdir} was evaluated, so none is the best; it holds {there}")
+        return best
+    if not str(player).isdigit() or int(str(player)) not in there:
+        raise UserError(f"{workdir} holds no player {player}; it holds {there}, and there are best and final")
+    return int(str(player))
