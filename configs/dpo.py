@@ -18,7 +18,7 @@ LOSS = {
 
 
 def demo(config: ConfigDict) -> None:
-    """The built-in game with its base's bad habits as rejected answers; at the others' rate they take the skill along."""
+    """The built-in game with its base's bad habits as rejected answers; a higher rate takes the skill along."""
     scales.demo(config)
     config.train.learning_rate = 2e-5
 

@@ -10,12 +10,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from selfplay_jax import config as configs
-from selfplay_jax import metrics, partitioning
+from selfplay_jax import evaluation, metrics, partitioning
 from selfplay_jax.checkpoints import Checkpoints, abstract_like
 from selfplay_jax.data import builtin, tasks
 from selfplay_jax.data.templates import Template, check_vocabulary, load_tokenizer
 from selfplay_jax.errors import Stopped, UserError
-from selfplay_jax.evaluation import parse
 from selfplay_jax.methods import check_fields, needs_rejected
 from selfplay_jax.models import Model, load_hf, lora, read_config, save_hf
 from selfplay_jax.models.decoder import Params
@@ -108,7 +107,7 @@ def check(config: Any) -> None:
     configs.check(config)
     for t in range(max(config.rounds, 1)):
         check_fields(config.method, configs.of_round(config, t).loss)
-    parse(config.evaluation.run)
+    evaluation.parse(config.evaluation.run)
     lora.lora_of(**_lora_fields(config))
 
 
@@ -131,6 +130,7 @@ def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) ->
             f"config.method={config.method} compares with dispreferred answers, and {config.data.source} has none: "
             "take preference data (columns prompt, chosen, rejected), or name the column in config.data.columns."
         )
+    evaluation.check(config.evaluation.run, config.evaluation.lm_eval_path)
     _tell(config, model, template, task)
     base: Params = {}
     if model.lora is not None:

@@ -8,7 +8,15 @@ from typing import Any
 
 from selfplay_jax import report_figures as figures
 from selfplay_jax.report_data import SCORES, Run, best, duration, flatten, in_order, number, percent, short
-from selfplay_jax.report_tables import drop_empty, log_likelihood, names, round_cells, run_cells, score
+from selfplay_jax.report_tables import (
+    drop_empty,
+    evaluation_cells,
+    log_likelihood,
+    names,
+    round_cells,
+    run_cells,
+    score,
+)
 
 _GLOSSARY = {
     "θ0, θ1, …": """
@@ -53,6 +61,7 @@ _GLOSSARY = {
 _ACCURACY = "Held-out problems answered correctly, per checkpoint, ± one standard error."
 _LOG_LIKELIHOOD = "Log-probability of held-out targets, per checkpoint, in nats; up is better."
 _BEST = "The best checkpoint was picked on the very problems it is scored on: expect it to look too good."
+_MORE = "By checkpoint, on held-out examples, ± one standard error; shares are between 0 and 1."
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#f5f6f8;--card:#fff;--ink:#1b2430;--muted:#5c6876;--line:#e1e5ea;
@@ -102,6 +111,8 @@ def run_page(run: Run) -> str:
     if top:
         note += f" Highlighted: the best by {dict(SCORES)[top[0]]} accuracy."
     body.append(_section("Rounds", _html_table(columns, rows, marked) + _note(note) if rows else ""))
+    columns, rows = evaluation_cells(run)
+    body.append(_section("More evaluations", _html_table(columns, rows) + _note(_MORE) if rows else ""))
     body.append(_section("Data and time", _html_table(*_data_cells(run)) if run.finished else ""))
     body += [_glossary(), _details("Config", run.config)]
     return _document(f"{run.method} · {run.name}", body)

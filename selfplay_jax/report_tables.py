@@ -68,7 +68,9 @@ def run_table(run: Run) -> str:
     """`table` of a run already read."""
     if not run.finished:
         return f"{run.name}: no round has finished yet"
-    return printable(f"{run.name}: {run.method}, preset {run.preset}") + "\n" + text_table(*round_cells(run))
+    text = printable(f"{run.name}: {run.method}, preset {run.preset}") + "\n" + text_table(*round_cells(run))
+    columns, rows = evaluation_cells(run)
+    return f"{text}\n\n{text_table(columns, rows)}" if rows else text
 
 
 def round_cells(run: Run) -> tuple[list[str], list[list[str]]]:
@@ -93,6 +95,26 @@ def round_cells(run: Run) -> tuple[list[str], list[list[str]]]:
         row.append(duration(sum(round_.seconds().values()) or None))
         rows.append(row)
     return drop_empty(columns, rows)
+
+
+def evaluation_cells(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of what was evaluated beside accuracy and likelihood: a row per number, a column per player."""
+    shown = {key for key, _ in SCORES} | {"target_logp"}
+    evaluated = run.evaluated
+    names = dict.fromkeys(
+        key
+        for round_ in evaluated
+        for key in round_.summary["eval"]
+        if f"{key}_se" in round_.summary["eval"] and key not in shown and not key.startswith("validation_")
+    )
+    rows = []
+    for name in names:
+        cells = []
+        for round_ in evaluated:
+            value, error = (number(round_.summary, "eval", key) for key in (name, f"{name}_se"))
+            cells.append(short(value) + (f" ± {short(error)}" if error is not None else ""))
+        rows.append([name, *cells])
+    return ["evaluation", *(f"θ{round_.theta}" for round_ in evaluated)], rows
 
 
 def run_cells(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:

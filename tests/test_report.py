@@ -356,3 +356,20 @@ def test_user_errors_are_one_sentence(tmp_path, capsys, what):
 def test_matplotlib_is_imported_only_for_the_page():
     code = "import sys, selfplay_jax.report as r; r.round_line({}); sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_other_evaluations_have_a_table_of_their_own(tmp_path):
+    run = make_run(tmp_path / "run", rounds=2)
+    for folder, value in ((run / "rounds" / "000", 0.25), (run / "rounds" / "001", 0.5)):
+        summary = metrics.read_json(folder / "summary.json")
+        summary["eval"] |= {"wins_logp": value, "wins_logp_se": 0.021, "wins_n": 50, "validation_x": 1.0}
+        summary["eval"] |= {"validation_x_se": 0.5, "lm_eval/toy/acc": value / 2, "lm_eval/toy/acc_se": 0.1}
+        metrics.write_json(folder / "summary.json", summary)
+    text = report.table(run)
+    assert re.search(r"evaluation +θ0 +θ1 +θ2\n", text)
+    assert re.search(r"wins_logp +– +0\.250 ± 0\.021 +0\.500 ± 0\.021", text)
+    assert re.search(r"lm_eval/toy/acc +– +0\.125 ± 0\.100 ", text)
+    assert "wins_n" not in text and "validation_x" not in text
+    page = report.write_html(run).read_text()
+    assert "More evaluations" in page and "lm_eval/toy/acc" in page
+    assert "evaluation  " not in report.table(make_run(tmp_path / "plain", rounds=1))

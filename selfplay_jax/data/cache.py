@@ -22,9 +22,10 @@ from selfplay_jax.data.templates import Template
 from selfplay_jax.data.tokens import Record
 from selfplay_jax.progress import say
 
-_FORMAT = 1
+_FORMAT = 2
 _ROWS = 5000  # per row group: read and turned into lists together
 _LISTS = ("prompt", "target", "rejected")
+_TEXTS = ("prompt_text", "target_text", "question")
 
 
 def encode(
@@ -89,10 +90,10 @@ def _read(path: Path) -> tuple[list[Record], dict[str, int]] | None:
 
 def _records(batch: Any, numbers: np.ndarray) -> list[Record]:
     lists = {name: _lists(batch[name], numbers) for name in _LISTS}
-    columns = [batch[name].to_pylist() for name in ("id", "prompt_text", "target_text")]
+    columns = [batch[name].to_pylist() for name in ("id", *_TEXTS)]
     return [
-        Record(id, prompt, target, rejected, prompt_text, target_text)
-        for id, prompt_text, target_text, prompt, target, rejected in zip(*columns, *lists.values(), strict=True)
+        Record(id, prompt, target, rejected, *texts)
+        for id, *texts, prompt, target, rejected in zip(*columns, *lists.values(), strict=True)
     ]
 
 
@@ -113,7 +114,7 @@ def _write(path: Path, records: Sequence[Record], counts: dict[str, int]) -> Non
     rows = [row for record in records for row in (record.prompt, record.target, record.rejected or [0])]
     about = json.dumps({"counts": counts, "largest": max(map(max, rows))})
     names = {"id": pa.int64()} | dict.fromkeys(_LISTS, pa.list_(pa.int32()))
-    names |= dict.fromkeys(("prompt_text", "target_text"), pa.string())
+    names |= dict.fromkeys(_TEXTS, pa.string())
     schema = pa.schema(list(names.items()), metadata={"selfplay_jax": about})
     temporary = path.parent / f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex}.tmp"
     try:

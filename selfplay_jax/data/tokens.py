@@ -18,6 +18,7 @@ class Record:
     prompt: ids up to where the answer begins; at least one.
     target, rejected: ids of the answers, ending in the template's end token unless cut at the limit.
     prompt_text, target_text: for people; the rendered prompt and the answer, before any cut.
+    question: the last turn before the answer as the data has it, for benchmarks that write prompts of their own.
     """
 
     id: int
@@ -26,6 +27,7 @@ class Record:
     rejected: list[int] | None
     prompt_text: str
     target_text: str
+    question: str = ""
 
 
 def encode(
@@ -86,7 +88,8 @@ def encode(
         prompt = _cut_left(prompt, max_prompt_tokens, template.bos_id)
         rejected = None if rejected is None else rejected[:max_response_tokens]
         target = target[:max_response_tokens]
-        records.append(Record(example.id, prompt, target, rejected, text, example.response))
+        question = example.messages[-1]["content"]
+        records.append(Record(example.id, prompt, target, rejected, text, example.response, question))
     if not records:
         dropped = []
         if shortest_prompt:

@@ -7,78 +7,18 @@ gsm8k, gsm8k_zero   GSM8K as lm-evaluation-harness scores it, with `evaluation.s
 lm_eval/TASK        a task or group of lm-evaluation-harness
 """
 
-import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
-from selfplay_jax.data.templates import Template
 from selfplay_jax.data.tokens import Record
 from selfplay_jax.errors import UserError
+from selfplay_jax.evaluation import benchmarks
 from selfplay_jax.evaluation.exact_match import Answers, mean_and_error
-from selfplay_jax.models.decoder import Model, Params
-from selfplay_jax.progress import progress
-from selfplay_jax.sampling import Samples, generate
-from selfplay_jax.scoring import score
+from selfplay_jax.evaluation.subject import Result, Subject
 
-# Evaluation draws from streams of its own, the same ones for every checkpoint, so that checkpoints are compared on
-# common random numbers.
-_SEED_OFFSET = 1_000_003
 _HARNESS = "lm_eval/"
-
-Result = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """A checkpoint as the evaluations see it.
-
-    params are laid out for scoring; decode_model and decode_params compute the same, laid out for decoding (and with
-    LoRA's adapters merged). start() gives the parameters of θ_0, None for θ_0 itself. train: records to take worked
-    examples from.
-    """
-
-    model: Model
-    params: Params
-    decode_model: Model
-    decode_params: Params
-    start: Callable[[], Params] | None
-    template: Template
-    mesh: Mesh
-    config: Any
-    train: Sequence[Record]
-    check_stop: Callable[[], None] = lambda: None
-
-    def generate(self, title: str, prompts: Sequence[Sequence[int]], temperature: float, copies: int) -> Samples:
-        """`copies` answers to each prompt, with the run's settings."""
-        with progress(f"evaluating: {title}", total=len(prompts) * copies, unit="responses") as bar:
-
-            def advance(count: int) -> None:
-                bar.advance(count)
-                self.check_stop()
-
-            return generate(
-                self.decode_model,
-                self.decode_params,
-                prompts,
-                seed=self.config.seed + _SEED_OFFSET,
-                temperature=temperature,
-                max_new_tokens=self.config.sampling.max_new_tokens,
-                stop_ids=self.template.stop_ids,
-                samples_per_prompt=copies,
-                slots=self.config.evaluation.batch_size,
-                mesh=self.mesh,
-                on_progress=advance,
-            )
-
-    def score(self, params: Params, records: Sequence[Record], columns: Sequence[Any]) -> np.ndarray:
-        """log π of K responses to each record's prompt under `params`, float32 [N, K]."""
-        self.check_stop()
-        prompts, size = [record.prompt for record in records], self.config.evaluation.batch_size
-        return score(self.model, params, prompts, columns, mesh=self.mesh, batch_size=size)
 
 
 def _accuracy(subject: Subject, records: Sequence[Record], name: str, temperature: float, copies: int) -> Result:
@@ -134,6 +74,8 @@ EVALUATIONS: Mapping[str, Callable[[Subject, Sequence[Record]], Result]] = {
     "sampled": _sampled,
     "likelihood": _likelihood,
     "wins": _wins,
+    "gsm8k": benchmarks.gsm8k_few_shot,
+    "gsm8k_zero": benchmarks.gsm8k_zero_shot,
 }
 
 
@@ -156,6 +98,13 @@ def parse(run: str) -> list[tuple[str, int]]:
     return wanted
 
 
+def check(run: str, lm_eval_path: str) -> None:
+    """Raises a UserError for what `run` lists and the evaluations could not do; loads the data of harness tasks."""
+    for name, _ in parse(run):
+        if name.startswith(_HARNESS):
+            benchmarks.harness_tasks(name.removeprefix(_HARNESS), lm_eval_path)
+
+
 def evaluate(subject: Subject, test: Sequence[Record], validation: Sequence[Record]) -> Result:
     """Numbers of one checkpoint with their standard errors over prompts (`NAME_se`).
 
@@ -166,7 +115,7 @@ def evaluate(subject: Subject, test: Sequence[Record], validation: Sequence[Reco
     result: Result = {"n": len(test)}
     for name, count in parse(settings.run):
         if name.startswith(_HARNESS):
-            result |= _harness(subject, name.removeprefix(_HARNESS), count)
+            result |= benchmarks.harness(subject, name.removeprefix(_HARNESS), count)
         elif test:
             result |= EVALUATIONS[name](subject, test[: count or None])
     if validation:
