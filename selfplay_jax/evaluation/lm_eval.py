@@ -42,7 +42,11 @@ def parser() -> argparse.ArgumentParser:
         help="how devices are laid out (default -1,1: all over the batch)",
     )
     add("--apply_chat_template", action="store_true", help="write the prompts with the tokenizer's chat template")
-    add("--fewshot_as_multiturn", action="store_true", help="with a chat template: each example a turn of its own")
+    add(
+        "--fewshot_as_multiturn",
+        action=argparse.BooleanOptionalAction,
+        help="with a chat template: each example a turn of its own (the default) or all in one turn",
+    )
     add("--output", metavar="FILE", help="where the results go as JSON")
     add("--log_samples", action="store_true", help="with --output: every prompt and answer too")
     return options
@@ -86,7 +90,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             batch_size=options.batch_size,
             log_samples=options.log_samples,
             apply_chat_template=options.apply_chat_template,
-            fewshot_as_multiturn=options.fewshot_as_multiturn,
+            fewshot_as_multiturn=options.apply_chat_template and options.fewshot_as_multiturn is not False,
         )
 
 
