@@ -108,11 +108,7 @@ def check(config: Any) -> None:
     for t in range(max(config.rounds, 1)):
         check_fields(config.method, configs.of_round(config, t).loss)
     evaluation.parse(config.evaluation.run)
-    lora.lora_of(**_lora_fields(config))
-
-
-def _lora_fields(config: Any) -> dict[str, Any]:
-    return {name: config.lora[name] for name in ("rank", "alpha", "targets")}
+    lora.of_config(config.lora)
 
 
 def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) -> Game:
@@ -120,7 +116,7 @@ def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) ->
     mesh = partitioning.make_mesh(config.mesh.fsdp, config.mesh.tensor)
     path = str(builtin.BASE) if config.model.path == "builtin" else config.model.path
     fields = {name: value for name, value in config.model.items() if name != "path"}
-    model = Model(read_config(path), **fields, lora=lora.lora_of(**_lora_fields(config)))
+    model = Model(read_config(path), **fields, lora=lora.of_config(config.lora))
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, model.config.vocab_size)
     template = Template.from_tokenizer(tokenizer, config.data.template, stop_ids=model.config.stop_ids)

@@ -162,14 +162,18 @@ def test_only_adapters_are_saved_and_a_round_resumes_from_them(tmp_path, objecti
     checkpoints.close()
 
 
+def of(rank, alpha, targets):
+    return lora.of_config({"rank": rank, "alpha": alpha, "targets": targets})
+
+
 def test_targets_are_checked():
-    assert lora.lora_of(0, 16.0, "nonsense") is None
-    assert lora.lora_of(4, 8.0, "down, q") == Lora(4, 8.0, ("q", "down"))
-    assert lora.lora_of(4, 8.0, ",".join(PROJECTIONS)).scale == 2.0
+    assert of(0, 16.0, "nonsense") is None
+    assert of(4, 8.0, "down, q") == Lora(4, 8.0, ("q", "down"))
+    assert of(4, 8.0, ",".join(PROJECTIONS)).scale == 2.0
     with pytest.raises(UserError, match=r"config\.lora\.targets has 'query'; .* q, k, v, o, gate, up, down"):
-        lora.lora_of(4, 8.0, "q,query")
+        of(4, 8.0, "q,query")
     with pytest.raises(UserError, match="is empty"):
-        lora.lora_of(4, 8.0, " ")
+        of(4, 8.0, " ")
 
 
 def test_peft_files(tmp_path):

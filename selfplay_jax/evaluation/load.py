@@ -11,7 +11,7 @@ from selfplay_jax import metrics, partitioning
 from selfplay_jax.checkpoints import Checkpoints, abstract_like
 from selfplay_jax.data import builtin
 from selfplay_jax.errors import UserError
-from selfplay_jax.models import Model, load_hf, read_config
+from selfplay_jax.models import Model, load_hf, lora, read_config
 from selfplay_jax.models.decoder import Params
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -77,19 +77,28 @@ def _load_player(
     fields = dict(config["model"])
     path = fields.pop("path")
     source = str(builtin.BASE) if path == "builtin" else path
-    model = Model(read_config(source), **fields)
+    model = Model(read_config(source), **fields, lora=lora.of_config(config.get("lora", {"rank": 0})))
     if not (workdir / "checkpoints" / "players").is_dir():
         raise UserError(f"{workdir} holds no checkpoints: the run ended before it saved its first player")
     checkpoints = Checkpoints(workdir / "checkpoints", window=config["window"])
     try:
         index = _index(checkpoints, player, workdir)
-        params = checkpoints.load_player(index, abstract_like(model.abstract_params(), _shardings(model, mesh)))
+        params = _restore(checkpoints, index, model, source, mesh)
     finally:
         checkpoints.close()
+    model, params = lora.merge(model, params)
     if dtype is not None:
         model = dataclasses.replace(model, compute_dtype=dtype, param_dtype=dtype)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     return model, params, source
+
+
+def _restore(checkpoints: Checkpoints, index: int, model: Model, source: str, mesh: Mesh) -> Params:
+    """θ_index; of a run with LoRA its adapters joined with the base that the run began with."""
+    trained, frozen = model.split(_shardings(model, mesh))
+    saved = checkpoints.load_player(index, abstract_like(model.split(model.abstract_params())[0], trained))
+    base = load_hf(source, param_dtype=model.param_dtype, shardings=frozen)[1] if frozen else {}
+    return model.join(saved, base)
 
 
 def _index(checkpoints: Checkpoints, player: str | int | None, workdir: pathlib.Path) -> int:

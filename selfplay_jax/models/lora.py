@@ -27,20 +27,20 @@ _PREFIX = "base_model.model."
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def lora_of(rank: int, alpha: float, targets: str) -> Lora | None:
-    """The `lora` fields of a config, None for rank 0.
+def of_config(fields: Mapping[str, Any]) -> Lora | None:
+    """What the `lora` fields of a config ask for, None for rank 0.
 
     Raises:
       UserError: a target that is no projection, or none at all.
     """
-    if rank == 0:
+    if fields["rank"] == 0:
         return None
-    names = tuple(name.strip() for name in targets.split(",") if name.strip())
+    names = tuple(name.strip() for name in fields["targets"].split(",") if name.strip())
     unknown = [name for name in names if name not in PROJECTIONS]
     if unknown or not names:
         wrong = f"has {unknown[0]!r}" if unknown else "is empty"
         raise UserError(f"config.lora.targets {wrong}; it is a list, with commas, of {', '.join(PROJECTIONS)}.")
-    return Lora(rank, alpha, tuple(name for name in PROJECTIONS if name in names))
+    return Lora(fields["rank"], fields["alpha"], tuple(name for name in PROJECTIONS if name in names))
 
 
 def centred_uniform(bound: float) -> Any:
