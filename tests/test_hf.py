@@ -16,7 +16,7 @@ import transformers
 from jax.sharding import NamedSharding, PartitionSpec
 
 from selfplay_jax.errors import UserError
-from selfplay_jax.models import Model, RopeScaling, hf, load_hf, read_config, save_hf
+from selfplay_jax.models import Model, RopeScaling, hf_save, load_hf, read_config, save_hf
 from selfplay_jax.sampling import generate
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -255,7 +255,7 @@ def test_failed_export_leaves_the_earlier_one(tmp_path: pathlib.Path, monkeypatc
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf.safetensors.numpy, "save_file", full_disk)
+    monkeypatch.setattr(hf_save, "_write_shard", full_disk)
     with pytest.raises(UserError, match=r"out: the model could not be written: .*No space left"):
         save_hf(tmp_path / "out", model, jax.tree.map(jnp.zeros_like, params))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -346,8 +346,8 @@ def test_neither_directory_nor_repository(path: str) -> None:
 def test_repository_comes_from_the_hub_client(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.extend((name, allow_patterns))
+    def snapshot_download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.extend((name, allow_patterns, ignore_patterns))
         return str(GOLDEN / "qwen2_tied")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
