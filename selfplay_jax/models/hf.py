@@ -1,8 +1,8 @@
 """Model directories of Hugging Face into parameters on the devices; `hf_save` is the way back.
 
 Never pickle, never code from a model repository, no torch. Weight files are opened one at a time, and each of their
-tensors goes to the devices at once, as it is stored and into its layer's sharding; it is transposed, cast and written
-into its stacked parameter there. The host holds one tensor of one file.
+tensors goes to the devices at once, in the file's dtype and its layer's sharding; it is cast and written into its
+stacked parameter there. The host holds one tensor of one file.
 """
 
 import functools
@@ -82,19 +82,16 @@ class _Leaves:
         """Writes a file's tensor into its parameter; afterwards the host's copy is no longer needed."""
         if tensor.dtype == np.float64:
             tensor = tensor.astype(np.float32)  # devices have no float64 unless jax is told so
-        tensor = tensor.reshape(entry.split_shape)
+        tensor = tensor.reshape(entry.split_shape).transpose(entry.from_file)  # a view: the transfer copies once
         transfer, sharding = self._transfers[entry.path], self._shardings[entry.path]
         if transfer is None:
-            moved = jnp.asarray(tensor)
+            leaf = jnp.asarray(tensor)
         else:
-            moved = jax.make_array_from_callback(tensor.shape, transfer, lambda index: tensor[index])
+            leaf = jax.make_array_from_callback(tensor.shape, transfer, lambda index: tensor[index])
         if entry.stacked:
-            write = _writer(entry.from_file, sharding)
-            leaf = write(self._leaves[entry.path], np.int32(layer), moved)
-        elif entry.inputs or moved.dtype != self._dtype:
-            leaf = _converter(entry.from_file, self._dtype, sharding)(moved)
-        else:
-            leaf = moved
+            leaf = _writer(sharding)(self._leaves[entry.path], np.int32(layer), leaf)
+        elif leaf.dtype != self._dtype:
+            leaf = leaf.astype(self._dtype)
         self._leaves[entry.path] = jax.block_until_ready(leaf)  # or the host would read ahead of slower devices
 
     def tree(self) -> Params:
@@ -115,19 +112,16 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def _transfer_sharding(entry: Tensor, sharding: Sharding | None) -> Sharding | None:
-    """Where a file's tensor of `entry` goes, so that writing it into the parameter moves nothing between devices."""
+    """Where a layer of `entry` goes, so that writing it into the parameter moves nothing between devices."""
     if sharding is None or isinstance(sharding, SingleDeviceSharding):
         return sharding
     if not isinstance(sharding, NamedSharding):
         raise ValueError(f"{'.'.join(entry.path)}: a {type(sharding).__name__} is neither Named nor SingleDevice")
-    cuts = [*sharding.spec, *[None] * (len(entry.full_shape) - len(sharding.spec))]
-    if entry.stacked:
-        first = cuts.pop(0)
-        axes = first if isinstance(first, tuple) else (first,)
-        if any(axis is not None and sharding.mesh.shape[axis] > 1 for axis in axes):
-            raise ValueError(f"{'.'.join(entry.path)}: its sharding {sharding.spec} cuts the axis of layers")
-    spec = PartitionSpec(*(cuts[axis] for axis in entry.to_file))
-    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+    if not entry.stacked:
+        return sharding
+    if sharding.shard_shape(entry.full_shape)[0] != len(entry.names):
+        raise ValueError(f"{'.'.join(entry.path)}: its sharding {sharding.spec} cuts the axis of layers")
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
 
 
 def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: Any, shardings: tuple[Sharding | None, ...]) -> list[jax.Array]:
@@ -136,15 +130,10 @@ def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: Any, shardings: tuple[Sha
 
 
 @functools.cache
-def _writer(axes: tuple[int, ...], sharding: Sharding | None) -> Any:
+def _writer(sharding: Sharding | None) -> Any:
     """(stacked parameter, layer, tensor) -> the parameter with that layer written, in place."""
 
     def write(leaf: jax.Array, layer: jax.Array, tensor: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(leaf, tensor.transpose(axes).astype(leaf.dtype), layer, 0)
+        return jax.lax.dynamic_update_index_in_dim(leaf, tensor.astype(leaf.dtype), layer, 0)
 
     return jax.jit(write, donate_argnums=0, out_shardings=sharding)
-
-
-@functools.cache
-def _converter(axes: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> Any:
-    return jax.jit(lambda tensor: tensor.transpose(axes).astype(dtype), out_shardings=sharding)
