@@ -79,6 +79,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name: str) -> None:
         ("llama_gqa_rope", {"rope_scaling": None}),
         ("llama_gqa_rope", {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 64)}),
         ("llama_gqa_rope", {"rope_theta": 1100.0}),
+        ("llama_tied_rope32", {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 48)}),
         ("llama_bias_head_dim", {"rope_scaling": None}),
         ("llama_bias_head_dim", {"rms_norm_eps": 1e-6}),
         ("qwen2_window_from_layer", {"sliding_window_from_layer": 0}),
@@ -224,7 +225,7 @@ def test_rotary_buffers_of_old_files_are_ignored(tmp_path: pathlib.Path) -> None
 
 def test_export_carries_its_source_through(tmp_path: pathlib.Path) -> None:
     source = _copy("llama_gqa_rope", tmp_path)
-    _edit_config(source, auto_map={"AutoModel": "evil.py"}, attention_dropout=0.25, sentinel=7)
+    _edit_config(source, auto_map={"AutoTokenizer": ["evil.py", None]}, attention_dropout=0.25, sentinel=7)
     (source / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [5, 3]}')
     (source / "tokenizer.json").write_text("{}")
     (source / "merges.txt").write_text("a b")
