@@ -1,6 +1,7 @@
 """Weight files: stored types, shards one at a time, tokenizer files, and what is refused before a tensor is read."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -172,11 +173,13 @@ def test_tied_head_in_a_shard(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_host_memory_stays_below_a_shard_and_a_layer(devices: int) -> None:
-    script = pathlib.Path(__file__).parents[1] / "benchmarks" / "loading.py"
-    command = [sys.executable, str(script), "--megabytes=300", f"--devices={devices}", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    root = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, "benchmarks/loading.py", "--megabytes=300", f"--devices={devices}", "--json"]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
+    assert result["devices"] == devices
     bound = result["bound_bytes"]
     assert bound < result["largest_stacked_bytes"] / 2  # one parameter's whole stack would not pass for it
     assert result["parameter_bytes"] > 200e6

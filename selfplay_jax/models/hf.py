@@ -2,7 +2,7 @@
 
 Never pickle, never code from a model repository, no torch. Weight files are opened one at a time, and each of their
 tensors goes to the devices at once, in the file's dtype and its layer's sharding; it is cast and written into its
-stacked parameter there. The host holds one tensor of one file.
+stacked parameter there. The host holds two tensors of one file.
 """
 
 import functools
@@ -77,6 +77,7 @@ class _Leaves:
         self._leaves: dict[tuple[str, ...], jax.Array] = {
             entry.path: leaf for entry, leaf in zip(stacked, zeros, strict=True)
         }
+        self._before = stacked[0].path
 
     def put(self, entry: Tensor, layer: int, tensor: np.ndarray) -> None:
         """Writes a file's tensor into its parameter; afterwards the host's copy is no longer needed."""
@@ -92,7 +93,10 @@ class _Leaves:
             leaf = _writer(sharding)(self._leaves[entry.path], np.int32(layer), leaf)
         elif leaf.dtype != self._dtype:
             leaf = leaf.astype(self._dtype)
-        self._leaves[entry.path] = jax.block_until_ready(leaf)  # or the host would read ahead of slower devices
+        self._leaves[entry.path] = leaf
+        # The next tensor is read while this one is on its way, but no more than that one.
+        jax.block_until_ready(self._leaves[self._before])
+        self._before = entry.path
 
     def tree(self) -> Params:
         """The parameters as a nested dict."""

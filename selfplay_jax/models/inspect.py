@@ -134,7 +134,7 @@ def text(report: dict[str, Any]) -> str:
         "context": f"{sizes['context']:,} tokens{_window(sizes['sliding_window'])}",
         "rope": _rope(report["rope"]),
         "special tokens": ", ".join(f"{name} {_ids(value)}" for name, value in report["tokens"].items()),
-        "tokenizer": _tokenizer_line(report["tokenizer"]),
+        "tokenizer": _tokenizer_line(report),
         "in memory": f"{_human(size['float32'])} in float32, {_human(size['bfloat16'])} in bfloat16",
         "weight files": f"{len(report['files'])}, {_human(size['files'])} of tensors to load",
     }
@@ -185,9 +185,10 @@ def _rope(rope: dict[str, Any]) -> str:
     return line
 
 
-def _tokenizer_line(tokenizer: dict[str, Any] | None) -> str:
+def _tokenizer_line(report: dict[str, Any]) -> str:
+    tokenizer = report["tokenizer"]
     if tokenizer is None:
-        return "none that loads"
+        return "does not load" if any(problem["kind"] == "tokenizer" for problem in report["problems"]) else "none"
     fits = "" if tokenizer["fits"] else ", MORE THAN THE VOCABULARY HOLDS"
     template = "with" if tokenizer["chat_template"] else "no"
     return f"{tokenizer['class']}, {tokenizer['tokens']:,} tokens{fits}, {template} chat template"
