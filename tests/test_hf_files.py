@@ -85,10 +85,12 @@ def test_other_float_types_load(dtype: Any, tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(params["embed"]["embedding"], embedding.astype(np.float32))
 
 
-def test_parameters_on_the_host_are_saved_alike(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parameters_on_the_host_are_saved_alike(dtype: str, tmp_path: pathlib.Path) -> None:
     model, params = load_hf(GOLDEN / "mistral_window")
-    save_hf(tmp_path / "out", model, jax.device_get(params))
-    _assert_same_bytes(_tensors(tmp_path / "out"), _tensors(GOLDEN / "mistral_window"))
+    save_hf(tmp_path / "out", model, jax.device_get(params), dtype=dtype)
+    golden = {name: value.astype(dtype) for name, value in _tensors(GOLDEN / "mistral_window").items()}
+    _assert_same_bytes(_tensors(tmp_path / "out"), golden)
 
 
 def test_unknown_export_type_is_refused(tmp_path: pathlib.Path) -> None:

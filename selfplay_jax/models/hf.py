@@ -73,7 +73,7 @@ class _Leaves:
         self._transfers = {entry.path: _transfer_sharding(entry, self._shardings[entry.path]) for entry in table}
         stacked = [entry for entry in table if entry.stacked]
         shapes = tuple(entry.full_shape for entry in stacked)
-        zeros = _zeros(shapes, dtype, tuple(self._shardings[entry.path] for entry in stacked))
+        zeros = _zeros(shapes, dtype, tuple(self._shardings[entry.path] for entry in stacked))()
         self._leaves: dict[tuple[str, ...], jax.Array] = {
             entry.path: leaf for entry, leaf in zip(stacked, zeros, strict=True)
         }
@@ -128,9 +128,10 @@ def _transfer_sharding(entry: Tensor, sharding: Sharding | None) -> Sharding | N
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
 
 
-def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: Any, shardings: tuple[Sharding | None, ...]) -> list[jax.Array]:
-    create = jax.jit(lambda: [jnp.zeros(shape, dtype) for shape in shapes], out_shardings=list(shardings))
-    return create()
+@functools.cache
+def _zeros(shapes: tuple[tuple[int, ...], ...], dtype: Any, shardings: tuple[Sharding | None, ...]) -> Any:
+    """() -> zeros of these shapes, made where they will live."""
+    return jax.jit(lambda: [jnp.zeros(shape, dtype) for shape in shapes], out_shardings=list(shardings))
 
 
 @functools.cache
