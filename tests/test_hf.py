@@ -16,7 +16,7 @@ import transformers
 from jax.sharding import NamedSharding, PartitionSpec
 
 from selfplay_jax.errors import UserError
-from selfplay_jax.models import Model, RopeScaling, hf, load_hf, read_config, save_hf
+from selfplay_jax.models import Model, RopeScaling, hf_save, load_hf, read_config, save_hf
 from selfplay_jax.sampling import generate
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -79,6 +79,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name: str) -> None:
         ("llama_gqa_rope", {"rope_scaling": None}),
         ("llama_gqa_rope", {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 64)}),
         ("llama_gqa_rope", {"rope_theta": 1100.0}),
+        ("llama_tied_rope32", {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 48)}),
         ("llama_bias_head_dim", {"rope_scaling": None}),
         ("llama_bias_head_dim", {"rms_norm_eps": 1e-6}),
         ("qwen2_window_from_layer", {"sliding_window_from_layer": 0}),
@@ -224,7 +225,7 @@ def test_rotary_buffers_of_old_files_are_ignored(tmp_path: pathlib.Path) -> None
 
 def test_export_carries_its_source_through(tmp_path: pathlib.Path) -> None:
     source = _copy("llama_gqa_rope", tmp_path)
-    _edit_config(source, auto_map={"AutoModel": "evil.py"}, attention_dropout=0.25, sentinel=7)
+    _edit_config(source, auto_map={"AutoTokenizer": ["evil.py", None]}, attention_dropout=0.25, sentinel=7)
     (source / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [5, 3]}')
     (source / "tokenizer.json").write_text("{}")
     (source / "merges.txt").write_text("a b")
@@ -255,7 +256,7 @@ def test_failed_export_leaves_the_earlier_one(tmp_path: pathlib.Path, monkeypatc
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf.safetensors.numpy, "save_file", full_disk)
+    monkeypatch.setattr(hf_save, "_write_shard", full_disk)
     with pytest.raises(UserError, match=r"out: the model could not be written: .*No space left"):
         save_hf(tmp_path / "out", model, jax.tree.map(jnp.zeros_like, params))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -346,8 +347,8 @@ def test_neither_directory_nor_repository(path: str) -> None:
 def test_repository_comes_from_the_hub_client(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.extend((name, allow_patterns))
+    def snapshot_download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.extend((name, allow_patterns, ignore_patterns))
         return str(GOLDEN / "qwen2_tied")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

@@ -10,6 +10,7 @@ import pytest
 import transformers
 
 from selfplay_jax.models import load_hf, save_hf
+from selfplay_jax.models.hf_tensors import in_file_order, tensors
 from selfplay_jax.sampling import generate
 
 torch = pytest.importorskip("torch", reason="torch is not installed (.ci/run installs it)")
@@ -73,6 +74,19 @@ def test_transformers_opens_what_we_save(case, tmp_path: pathlib.Path) -> None:
             input_ids=torch.tensor(expected["tokens"]).long(), attention_mask=torch.tensor(mask).long()
         ).logits.numpy()
     np.testing.assert_array_equal(logits[mask], expected["logits"][mask])
+
+
+def test_shards_of_transformers_load_and_ours_have_its_order(case, tmp_path: pathlib.Path) -> None:
+    directory, _ = case
+    model, params = load_hf(directory)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    again = load_hf(tmp_path / "shards")[1]
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    ours = [name for name, _, _ in in_file_order(tensors(model.config))]
+    assert ours == [name for name in theirs.state_dict() if name not in tied]
 
 
 def test_bfloat16_export_opens_in_bfloat16(tmp_path: pathlib.Path) -> None:

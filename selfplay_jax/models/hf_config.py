@@ -39,12 +39,15 @@ def config_from_hf(config: Mapping[str, Any], generation_config: Mapping[str, An
 
     Args:
         config: parsed config.json, of transformers 5 (`rope_parameters`, `layer_types`) or older
-            (`rope_theta`, `rope_scaling`). `auto_map` is ignored: no code of a model repository ever runs.
+            (`rope_theta`, `rope_scaling`).
         generation_config: parsed generation_config.json; its ends of text are added to the config's.
 
     Raises:
-        UserError: naming the field that is missing, malformed or asks for something the decoder does not do.
+        UserError: naming the field that is missing, malformed or asks for something the decoder does not do. An
+            `auto_map` is such a field, of a supported architecture too: its author says that the model is what a
+            Python file of the repository computes, and no such file is ever run, or read, here.
     """
+    _refuse_remote_code(config)
     family = _family(config)
     fields = {**_COMMON, **_DEFAULTS[family], **config}
     if fields["hidden_act"] != "silu":
@@ -151,6 +154,29 @@ def token_fields(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": stop[0] if len(stop) == 1 else stop or None,
         "pad_token_id": config.pad_id,
     }
+
+
+def _refuse_remote_code(config: Mapping[str, Any]) -> None:
+    """Tokenizers may have an `auto_map` entry: it concerns no weight, and transformers runs nothing unasked."""
+    auto_map = config.get("auto_map") or {}
+    if not isinstance(auto_map, Mapping):
+        raise UserError(f"auto_map: expected an object, got {auto_map!r}")
+    code = [str(value) for name, value in auto_map.items() if name.startswith(("AutoModel", "AutoConfig"))]
+    if not code:
+        return
+    supported = ", ".join(ARCHITECTURES.values())
+    architectures = [str(name) for name in config.get("architectures") or []]
+    ours = [name for name in architectures if name in ARCHITECTURES.values()]
+    if ours and config.get("model_type") in ARCHITECTURES:
+        advice = f"if the weights are those of a plain {ours[0]}, delete auto_map from config.json"
+    else:
+        advice = (
+            f"if its layers are those of {supported}, convert it once: rename its tensors to theirs and write a "
+            "config.json with their architectures and model_type and without auto_map"
+        )
+    raise UserError(
+        f"auto_map: the model is defined by code in its repository ({code[0]}), which never runs here; {advice}"
+    )
 
 
 def _family(config: Mapping[str, Any]) -> str:

@@ -50,6 +50,7 @@ def cases() -> dict[str, transformers.PreTrainedConfig]:
         "rms_norm_eps": 1e-3,
     }
     linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
+    steeper = LLAMA3_ROPE | {"factor": 32.0}
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     return {
         "llama_gqa_rope": llama(**COMMON | {"head_dim": 16, "rope_parameters": LLAMA3_ROPE}),
@@ -57,6 +58,8 @@ def cases() -> dict[str, transformers.PreTrainedConfig]:
         "qwen2_tied": qwen2(**COMMON | {"tie_word_embeddings": True, "num_key_value_heads": 1}),
         "qwen2_window_from_layer": qwen2(**COMMON | windows),
         "mistral_window": mistral(**COMMON | {"sliding_window": 8, "head_dim": 10}),
+        # As Llama-3.2: last, because a case's seed is its place.
+        "llama_tied_rope32": llama(**COMMON | {"tie_word_embeddings": True, "rope_parameters": steeper}),
     }
 
 
