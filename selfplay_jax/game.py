@@ -78,7 +78,7 @@ class Game:
             lora.save_peft(path, self.model, params, base=self.source)
         else:
             model, params = lora.merge(self.model, params)
-            save_hf(path, model, params, source=self.source)
+            save_hf(path, model, params, source=self.source, dtype=self.config.export_dtype or None)
         return path
 
     def check_stop(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from selfplay_jax.data.tokens import Record
 from selfplay_jax.errors import UserError
-from selfplay_jax.evaluation import gsm8k
+from selfplay_jax.evaluation import gsm8k as gsm8k
 from selfplay_jax.evaluation.subject import Result, Subject
 from selfplay_jax.evaluation.texts import generate_texts
 from selfplay_jax.models import lora
@@ -18,7 +18,7 @@ def gsm8k_few_shot(subject: Subject, records: Sequence[Record]) -> Result:
     """gsm8k_strict, gsm8k_flexible: accuracies after `evaluation.shots` training problems, written as lm-eval does."""
     problems = [gsm8k.Problem(record.question, record.target_text) for record in subject.train]
     shots = min(subject.config.evaluation.shots, len(problems))
-    return _gsm8k(subject, records, "gsm8k", gsm8k.draw_shots(problems, shots, subject.config.seed))
+    return _gsm8k(subject, records, "gsm8k", gsm8k.draw_shots(problems, shots, len(records)))
 
 
 def gsm8k_zero_shot(subject: Subject, records: Sequence[Record]) -> Result:
@@ -26,7 +26,7 @@ def gsm8k_zero_shot(subject: Subject, records: Sequence[Record]) -> Result:
     return _gsm8k(subject, records, "gsm8k_zero", ())
 
 
-def _gsm8k(subject: Subject, records: Sequence[Record], name: str, shots: Sequence[gsm8k.Problem]) -> Result:
+def _gsm8k(subject: Subject, records: Sequence[Record], name: str, shots: Sequence[Sequence[gsm8k.Problem]]) -> Result:
     tokenizer = subject.template.tokenizer
     room = subject.model.config.max_position_embeddings - gsm8k.MAX_NEW_TOKENS
 
