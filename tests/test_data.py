@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models
-from toy_tokenizers import DIALOGUE, LLAMA2, assistant, llama3, qwen, user
+from toy_tokenizers import CHATML, DIALOGUE, LLAMA2, assistant, llama3, qwen, user
 from transformers import PreTrainedTokenizerFast
 
 from selfplay_jax.data import sources, tokens
@@ -260,6 +260,7 @@ def encode(examples: list[Example], template: Template, prompt: int = 99, respon
     return tokens.encode(examples, template, max_prompt_tokens=prompt, max_response_tokens=response, **kwargs)
 
 
+CHATML_IF = "{% endif %}{% endfor %}" + CHATML
 EXAMPLES = [
     Example(3, (user("Hello"),), "two", None, "a:1"),
     Example(5, (user("Hello " * 30),), "two", None, "a:2"),
@@ -336,6 +337,24 @@ def test_encode_errors() -> None:
         encode([Example(0, (user("a"), user("b")), "r", None, "set.jsonl:5")], refusing)
     with pytest.raises(UserError, match="no examples"):
         encode([], template)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("{{ raise_exception('no shouting') }}", "no shouting"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ m['name'] + 1 }}", "has no attribute 'name'"),
+        ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+    ],
+)
+def test_a_template_that_fails_on_one_record_names_it(code: str, said: str) -> None:
+    template = Template.from_tokenizer(qwen("{% for m in messages %}{% if 'XX' in m['content'] %}" + code + CHATML_IF))
+    fine = Example(0, (user("b"),), "r", None, "set.jsonl:1")
+    assert len(encode([fine], template)[0]) == 1
+    with pytest.raises(UserError, match=rf"^set\.jsonl:2: template 'chat' cannot write .*\(user\): .*{said}") as caught:
+        encode([fine, Example(1, (user("XXX"),), "r", None, "set.jsonl:2")], template)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_prompt_of_no_tokens_is_an_error() -> None:

@@ -221,8 +221,8 @@ def test_fingerprints_tell_tokenizers_and_templates_apart() -> None:
 def test_many_at_once_as_one_by_one(kind: str) -> None:
     template = Template.from_tokenizer(llama3(), kind)
     texts = [template.render_prompt(messages) for messages in (DIALOGUE, [user("Hello")], [user("é 你好")])]
-    assert template.encode_rendered(texts) == [template.encode_rendered([text])[0] for text in texts]
-    assert template.encode_rendered(texts)[0] == template.encode_prompt(DIALOGUE)
+    assert template.encode_prompt_texts(texts) == [template.encode_rendered(text) for text in texts]
+    assert template.encode_prompt_texts(texts)[0] == template.encode_prompt(DIALOGUE)
     assert template.encode_responses(ANSWERS) == [template.encode_response(answer) for answer in ANSWERS]
 
 
@@ -330,7 +330,7 @@ def test_real_chat_template_joins_as_it_renders(shared: pathlib.Path, messages: 
     rendering = tokenizer.apply_chat_template([*messages, assistant(answer)], tokenize=False)
     text = template.render_prompt(messages, answer)
     assert rendering.startswith(text)
-    ids = template.encode_rendered([text])[0] + template.encode_response(answer)
+    ids = template.encode_rendered(text) + template.encode_response(answer)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) + "\n" == rendering
     assert ids + tokenizer.encode("\n") == tokenizer.encode(rendering, add_special_tokens=False)
     assert ids[-1] == template.end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")

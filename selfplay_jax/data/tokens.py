@@ -124,7 +124,7 @@ def _encoded(
     for start in range(0, len(examples), _BATCH):
         batch = examples[start : start + _BATCH]
         texts = [_prompt_text(example, template) for example in batch]
-        prompts = template.encode_rendered(texts)
+        prompts = template.encode_prompt_texts(texts)
         targets = template.encode_responses([example.response for example in batch])
         wrong = [example.rejected for example in batch if example.rejected is not None]
         rejected = iter(template.encode_responses(wrong) if wrong else ())
