@@ -187,6 +187,7 @@ def test_directories_and_globs(tmp_path: pathlib.Path) -> None:
     written(tmp_path / "data" / "train-00000.jsonl", pair(0), pair(1))
     written(tmp_path / "test.jsonl", pair(9))
     written(tmp_path / "README.md", "# not data")
+    written(tmp_path / "dataset_infos.json", {"train": "not data either"})
     assert [(e.id, e.response) for e in sources.load(tmp_path)[0]] == [(0, "r0"), (1, "r1"), (2, "r2")]
     assert [e.response for e in sources.load(tmp_path, split="test")[0]] == ["r9"]
     assert [e.response for e in sources.load(f"{tmp_path}/**/*.jsonl")[0]] == ["r0", "r1", "r2", "r9"]
