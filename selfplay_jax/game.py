@@ -92,7 +92,7 @@ def claim(workdir: epath.Path, config: Any) -> None:
     path = workdir / "config.json"
     if path.exists():
         difference = configs.difference(metrics.read_json(path), config)
-        if difference:
+        if difference and (workdir / "data.json").exists():  # else the run stopped before it began: at its data, say
             raise UserError(
                 f"{workdir} holds a run with another config: {difference}. Take another --workdir, or the old value."
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models
-from toy_tokenizers import DIALOGUE, LLAMA2, assistant, llama3, qwen, user
+from toy_tokenizers import CHATML, DIALOGUE, LLAMA2, assistant, llama3, qwen, user
 from transformers import PreTrainedTokenizerFast
 
 from selfplay_jax.data import sources, tokens
@@ -187,6 +187,7 @@ def test_directories_and_globs(tmp_path: pathlib.Path) -> None:
     written(tmp_path / "data" / "train-00000.jsonl", pair(0), pair(1))
     written(tmp_path / "test.jsonl", pair(9))
     written(tmp_path / "README.md", "# not data")
+    written(tmp_path / "dataset_infos.json", {"train": "not data either"})
     assert [(e.id, e.response) for e in sources.load(tmp_path)[0]] == [(0, "r0"), (1, "r1"), (2, "r2")]
     assert [e.response for e in sources.load(tmp_path, split="test")[0]] == ["r9"]
     assert [e.response for e in sources.load(f"{tmp_path}/**/*.jsonl")[0]] == ["r0", "r1", "r2", "r9"]
@@ -260,6 +261,7 @@ def encode(examples: list[Example], template: Template, prompt: int = 99, respon
     return tokens.encode(examples, template, max_prompt_tokens=prompt, max_response_tokens=response, **kwargs)
 
 
+CHATML_IF = "{% endif %}{% endfor %}" + CHATML
 EXAMPLES = [
     Example(3, (user("Hello"),), "two", None, "a:1"),
     Example(5, (user("Hello " * 30),), "two", None, "a:2"),
@@ -336,6 +338,24 @@ def test_encode_errors() -> None:
         encode([Example(0, (user("a"), user("b")), "r", None, "set.jsonl:5")], refusing)
     with pytest.raises(UserError, match="no examples"):
         encode([], template)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("{{ raise_exception('no shouting') }}", "no shouting"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ m['name'] + 1 }}", "has no attribute 'name'"),
+        ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+    ],
+)
+def test_a_template_that_fails_on_one_record_names_it(code: str, said: str) -> None:
+    template = Template.from_tokenizer(qwen("{% for m in messages %}{% if 'XX' in m['content'] %}" + code + CHATML_IF))
+    fine = Example(0, (user("b"),), "r", None, "set.jsonl:1")
+    assert len(encode([fine], template)[0]) == 1
+    with pytest.raises(UserError, match=rf"^set\.jsonl:2: template 'chat' cannot write .*\(user\): .*{said}") as caught:
+        encode([fine, Example(1, (user("XXX"),), "r", None, "set.jsonl:2")], template)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_prompt_of_no_tokens_is_an_error() -> None:

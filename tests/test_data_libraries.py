@@ -250,6 +250,15 @@ def test_tensorflow_datasets_in_tensorflows_format(tfds: Any, tmp_path: pathlib.
         sources.load("tfds:old", tfds_dir=str(tmp_path))
 
 
+def test_a_broken_file_of_tensorflow_datasets(tfds: Any, tmp_path: pathlib.Path) -> None:
+    names = {"question": tfds.features.Text(), "answer": tfds.features.Text()}
+    prepared(tfds, "Broken", tmp_path, names, {"train": [{"question": "q", "answer": "a"}]})
+    (file,) = (tmp_path / "broken" / "1.0.0").glob("*array_record*")
+    file.write_bytes(b"gone")
+    with pytest.raises(UserError, match=r"tfds:broken.* cannot be read"):
+        sources.load("tfds:broken", tfds_dir=str(tmp_path))
+
+
 def test_tfds_prepares_gsm8k_itself(
     tfds: Any, shared: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

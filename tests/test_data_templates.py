@@ -8,7 +8,19 @@ import pathlib
 
 import pytest
 from tokenizers import AddedToken
-from toy_tokenizers import CHATML, DIALOGUE, LLAMA2, THINKING, assistant, llama3, qwen, sentencepiece, user
+from toy_tokenizers import (
+    CHATML,
+    DIALOGUE,
+    LLAMA2,
+    THINKING,
+    ZEPHYR_7B,
+    assistant,
+    llama3,
+    llama3_8b,
+    qwen,
+    sentencepiece,
+    user,
+)
 
 from selfplay_jax.data.templates import Template, check_vocabulary, load_tokenizer
 from selfplay_jax.errors import UserError
@@ -95,7 +107,7 @@ def test_a_think_block_goes_to_the_prompt() -> None:
 
 
 @pytest.mark.parametrize("style", ["prepend", "first", "always"])
-@pytest.mark.parametrize("kind", ["auto", "plain", "alpaca", "chatml"])
+@pytest.mark.parametrize("kind", ["auto", "plain", "alpaca", "chatml", "llama3"])
 def test_built_in_templates_with_a_tokenizer_that_adds_bos_and_spaces(kind: str, style: str) -> None:
     tokenizer = sentencepiece(style)
     template = Template.from_tokenizer(tokenizer, kind)
@@ -103,7 +115,8 @@ def test_built_in_templates_with_a_tokenizer_that_adds_bos_and_spaces(kind: str,
     assert template.kind == ("plain" if kind == "auto" else kind)
     assert template.encode_prompt([user("Hello")])[0] == tokenizer.bos_token_id
     assert (
-        template.encode_prompt([user("<s>Hello")]).count(tokenizer.bos_token_id) == (kind in ("alpaca", "chatml")) + 1
+        template.encode_prompt([user("<s>Hello")]).count(tokenizer.bos_token_id)
+        == (kind in ("alpaca", "chatml", "llama3")) + 1
     )
     space = " " if kind == "alpaca" else ""
     text = tokenizer.decode(
@@ -113,7 +126,7 @@ def test_built_in_templates_with_a_tokenizer_that_adds_bos_and_spaces(kind: str,
     assert text == template.render_prompt([user("Hello")]) + space + "two</s>"
 
 
-@pytest.mark.parametrize("kind", ["plain", "alpaca", "chatml"])
+@pytest.mark.parametrize("kind", ["plain", "alpaca", "chatml", "zephyr", "llama3"])
 def test_built_in_templates_without_bos(kind: str) -> None:
     template = Template.from_tokenizer(qwen(None), kind)
     check_template(template)
@@ -121,10 +134,103 @@ def test_built_in_templates_without_bos(kind: str) -> None:
         "plain": "Hello\ntwo",
         "alpaca": "Hello\n\n### Instruction: two\n\n### Response:",
         "chatml": "<|im_start|>system\nHello<|im_end|>\n<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n",
+        "zephyr": "<|system|>\nHello<|im_end|>\n<|user|>\ntwo<|im_end|>\n<|assistant|>\n",  # its own end of text
+        "llama3": "<|start_header_id|>system<|end_header_id|>\n\nHello<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\ntwo<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     }[kind]
     messages = [{"role": "system", "content": "Hello"}, user("two")]
     assert template.render_prompt(messages) == expected
     assert template.tokenizer.decode(template.encode_prompt(messages)) == expected
+
+
+WITH_SYSTEM = [{"role": "system", "content": "how are"}, *DIALOGUE]
+
+
+@pytest.mark.parametrize("style", ["prepend", "first", "always"])
+def test_zephyr(style: str) -> None:
+    tokenizer = sentencepiece(style)
+    template = Template.from_tokenizer(tokenizer, "zephyr")
+    check_template(template)
+    assert template.end_id == tokenizer.eos_token_id
+    tokenizer.chat_template = ZEPHYR_7B
+    rendering = tokenizer.apply_chat_template(WITH_SYSTEM, tokenize=False, add_generation_prompt=True)
+    assert template.render_prompt(WITH_SYSTEM) == rendering
+    assert rendering.endswith("<|user|>\nhow are you?</s>\n<|assistant|>\n")
+    # The real template writes no BOS either: the tokenizer adds it.
+    assert template.encode_prompt(WITH_SYSTEM) == tokenizer.encode(rendering)
+    whole = tokenizer.apply_chat_template([*WITH_SYSTEM, assistant("two")], tokenize=False)
+    ids = template.encode_prompt(WITH_SYSTEM) + template.encode_response("two")
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert text.endswith("<|assistant|>\ntwo</s>")
+    # Old SentencePiece tokenizers put a space behind every special token of the prompt.
+    assert text.removeprefix("<s>").replace(" ", "") == whole.strip().replace(" ", "")
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_llama3() -> None:
+    tokenizer = llama3_8b()
+    template = Template.from_tokenizer(tokenizer, "llama3")
+    own = Template.from_tokenizer(tokenizer, "chat")
+    check_template(template)
+    check_template(own)
+    assert template.end_id == own.end_id == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert template.stop_ids == own.stop_ids == (template.end_id, tokenizer.eos_token_id)
+    for messages in ([user(" Hello\n")], DIALOGUE, WITH_SYSTEM):
+        ids = template.encode_prompt(messages)
+        assert ids == own.encode_prompt(messages)
+        assert ids.count(tokenizer.bos_token_id) == 1
+        whole = tokenizer.apply_chat_template([*messages, assistant("two")], tokenize=False)
+        assert ids + template.encode_response("two") == tokenizer.encode(whole, add_special_tokens=False)
+
+
+def test_the_date_in_a_prompt_stands_still(tmp_path: pathlib.Path) -> None:
+    """Llama 3.2 writes today's date: a run that goes on tomorrow would read other prompts."""
+    dated = (
+        "{% if not date_string is defined %}{% if strftime_now is defined %}"
+        "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}"
+        "{% endif %}{% endif %}{{ 'Today Date: ' + date_string + '\n' }}" + CHATML
+    )
+    tokenizer = qwen(dated)
+    (tmp_path / "dated.jinja").write_text(dated)
+    for kind in ("chat", str(tmp_path / "dated.jinja")):
+        template = Template.from_tokenizer(tokenizer, kind)
+        check_template(template)
+        assert template.render_prompt([user("Hello")]) == (
+            "Today Date: 26 Jul 2024\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+
+def test_fingerprints_tell_tokenizers_and_templates_apart() -> None:
+    kinds = ("chat", "plain", "alpaca", "zephyr")
+    templates = [Template.from_tokenizer(qwen(), kind) for kind in kinds]
+    assert len({template.sha256 for template in templates}) == 4
+    assert len({template.tokenizer_sha256 for template in templates}) == 1
+    padded = qwen()
+    padded.backend_tokenizer.enable_padding(length=8)
+    padded.backend_tokenizer.enable_truncation(2)
+    again = Template.from_tokenizer(padded)
+    assert (again.sha256, again.tokenizer_sha256) == (templates[0].sha256, templates[0].tokenizer_sha256)
+    assert again.encode_prompt(DIALOGUE) == templates[0].encode_prompt(DIALOGUE)
+    larger = qwen()
+    larger.add_tokens(["<extra>"])
+    assert Template.from_tokenizer(larger).tokenizer_sha256 != again.tokenizer_sha256
+    assert Template.from_tokenizer(qwen(THINKING)).sha256 != again.sha256
+
+
+@pytest.mark.parametrize("kind", ["chat", "plain", "alpaca"])
+def test_many_at_once_as_one_by_one(kind: str) -> None:
+    template = Template.from_tokenizer(llama3(), kind)
+    texts = [template.render_prompt(messages) for messages in (DIALOGUE, [user("Hello")], [user("é 你好")])]
+    assert template.encode_prompt_texts(texts) == [template.encode_rendered(text) for text in texts]
+    assert template.encode_prompt_texts(texts)[0] == template.encode_prompt(DIALOGUE)
+    assert template.encode_responses(ANSWERS) == [template.encode_response(answer) for answer in ANSWERS]
+
+
+def test_an_answer_that_thinks_follows_no_empty_thought() -> None:
+    template = Template.from_tokenizer(qwen(THINKING))
+    before = template.render_prompt([user("Hello")], "<think>\nhow\n</think>\n\ntwo")
+    assert before == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert template.render_prompt([user("Hello")], "two <think>") == before + "<think>\n\n</think>\n\n"
 
 
 def test_official_spins_wording() -> None:
@@ -204,6 +310,36 @@ def test_real_chat_tokenizer(shared: pathlib.Path) -> None:
     assert tokenizer.convert_ids_to_tokens(template.end_id) == "<|im_end|>"
     rendering = tokenizer.apply_chat_template([*DIALOGUE, assistant("Hello")], tokenize=False)
     assert full_text(template, "Hello") + "\n" == rendering
+
+
+@pytest.mark.parametrize("answer", ["Hello", "<think>\nhow are\n</think>\n\nHello"])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        DIALOGUE,
+        WITH_SYSTEM,
+        [user("Hello"), assistant("<think>\nyou\n</think>\n\ntwo worlds"), user("how are you?")],
+        [*DIALOGUE, {"role": "tool", "content": "345"}],
+    ],
+    ids=["turns", "system", "thoughts", "tool"],
+)
+def test_real_chat_template_joins_as_it_renders(shared: pathlib.Path, messages: list, answer: str) -> None:
+    """Several turns, a system turn, thinking parts: prompt and answer are the whole dialogue's rendering, id by id."""
+    tokenizer = load_tokenizer(shared / "tokenizers" / "minimind")
+    template = Template.from_tokenizer(tokenizer)
+    rendering = tokenizer.apply_chat_template([*messages, assistant(answer)], tokenize=False)
+    text = template.render_prompt(messages, answer)
+    assert rendering.startswith(text)
+    ids = template.encode_rendered(text) + template.encode_response(answer)
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) + "\n" == rendering
+    assert ids + tokenizer.encode("\n") == tokenizer.encode(rendering, add_special_tokens=False)
+    assert ids[-1] == template.end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize("kind", ["zephyr", "llama3", "alpaca", "chatml", "plain"])
+def test_named_templates_with_a_real_tokenizer(shared: pathlib.Path, kind: str) -> None:
+    template = Template.from_tokenizer(load_tokenizer(shared / "tokenizers" / "minimind"), kind)
+    check_template(template)
 
 
 def test_real_sentencepiece_tokenizer(shared: pathlib.Path) -> None:

@@ -55,6 +55,16 @@ def test_malformed_line_is_named_by_file_and_line(error, tmp_path):
     assert f"{file}:4" in error(f"data.source={file}")
 
 
+def test_a_run_that_stopped_at_its_data_takes_another_config(error, tmp_path):
+    """The remedy that the sentence names must work in the same workdir."""
+    file = jsonl(tmp_path / "train.jsonl", *GOOD[:3], "nonsense\n", *GOOD[3:])
+    source = [f"data.source={file}", "data.cache="]
+    assert "set data.on_bad_record to 'skip'" in error(*source)
+    assert "max_prompt_tokens" in error(*source, "data.on_bad_record=skip", "data.max_prompt_tokens=2")
+    (tmp_path / "run/data.json").write_text("{}")  # as if it had begun
+    assert "holds a run with another config" in error(*source)
+
+
 @pytest.mark.parametrize("row", [{"prompt": " ", "response": "#1"}, {"prompt": "1+1", "response": ""}])
 def test_empty_prompt_or_response_is_named_by_line(error, tmp_path, row):
     file = jsonl(tmp_path / "train.jsonl", *GOOD[:5], row, *GOOD[5:])

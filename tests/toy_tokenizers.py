@@ -26,6 +26,19 @@ LLAMA2 = (  # a space before the answer, and one before the end token; refuses w
     "{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+ZEPHYR_7B = (  # as HuggingFaceH4/zephyr-7b-beta has it
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+    "{{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n"
+    "{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+LLAMA3_8B = (  # as meta-llama/Meta-Llama-3-8B-Instruct has it
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 THINKING = (  # Qwen3: an empty think block before the answer, which the generation prompt leaves to the model
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -76,6 +89,14 @@ def llama3() -> PreTrainedTokenizerFast:
         pad_token="<|eos|>",
     )
     with_bos(tokenizer.backend_tokenizer, "<|bos|>")
+    return tokenizer
+
+
+def llama3_8b() -> PreTrainedTokenizerFast:
+    """Llama 3's own names for its special tokens, and its template."""
+    specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer = byte_level(specials, template=LLAMA3_8B, bos_token=specials[0], eos_token=specials[1])
+    with_bos(tokenizer.backend_tokenizer, specials[0])
     return tokenizer
 
 

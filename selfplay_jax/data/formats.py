@@ -16,6 +16,7 @@ from selfplay_jax.errors import UserError
 Row = tuple[str, dict[str, Any] | Malformed]  # position, and the record or what is wrong with it
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+_NO_DATA = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside the data
 _SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")  # how the hub and `datasets` name their files
 
@@ -70,7 +71,7 @@ def first_line(error: BaseException) -> str:
 
 def _files(source: str, path: Path, split: str) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+        found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.name not in _NO_DATA and p.is_file())
         if not found:
             raise UserError(f"{source} holds no {', '.join(_SUFFIXES)} file")
         return _of_split(source, path, found, split)

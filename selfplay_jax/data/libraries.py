@@ -96,7 +96,7 @@ def open_tfds(name: str, split: str, data_dir: str = "") -> Table:
         raise no_split(source, split, builder.info.splits)
     try:
         data = builder.as_data_source(split=split)
-        rows = iter_tfds(data)
+        rows = _tfds_rows(source, data)
     except Exception as error:  # TFRecord files are refused here
         raise UserError(
             f"data source {source!r} cannot be read without TensorFlow: {first_line(error)}; prepare it again with "
@@ -129,12 +129,16 @@ def _register(tfds: Any, name: str) -> None:
         importlib.import_module(".".join(("tensorflow_datasets", *file.relative_to(root).with_suffix("").parts)))
 
 
-def iter_tfds(data: Any) -> Iterator[Row]:
-    """Rows of a tensorflow-datasets data source, bytes and NumPy values as plain Python ones."""
+def _tfds_rows(source: str, data: Any) -> Iterator[Row]:
+    """Every record, bytes and NumPy values as plain Python ones."""
     for index in range(len(data)):
         position = f"[{index}]"
         try:
-            yield position, {name: _plain(value) for name, value in data[index].items()}
+            record = data[index]
+        except Exception as error:  # a broken file
+            raise UserError(f"{source}{position} cannot be read: {first_line(error)}; prepare it again") from error
+        try:
+            yield position, {name: _plain(value) for name, value in record.items()}
         except UnicodeDecodeError as error:
             yield position, Malformed(f"not valid UTF-8 ({error.reason} at byte {error.start + 1} of a text)")
 

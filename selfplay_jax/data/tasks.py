@@ -121,8 +121,8 @@ def check_same(recorded: Mapping[str, Any], task: Task, workdir: object) -> None
             changed.append(f"the {what}")
     if changed:
         raise UserError(
-            f"the data changed under the run: {' and '.join(changed)} are not those that {workdir} began with (its "
-            "data.json); bring them back, or take another --workdir."
+            f"the data changed under the run in {workdir}; different from what its data.json tells: "
+            f"{', '.join(changed)}. Bring back what was, or take another --workdir."
         )
 
 

@@ -175,10 +175,14 @@ class Template:
 
     def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Ids of the rendered prompt, with one BOS at most."""
-        return self.encode_rendered([self.render_prompt(messages)])[0]
+        return self.encode_rendered(self.render_prompt(messages))
 
-    def encode_rendered(self, prompt_texts: Sequence[str]) -> list[list[int]]:
-        """Ids of what `render_prompt` wrote, many at once."""
+    def encode_rendered(self, prompt_text: str) -> list[int]:
+        """Ids of what `render_prompt` wrote."""
+        return self.encode_prompt_texts([prompt_text])[0]
+
+    def encode_prompt_texts(self, prompt_texts: Sequence[str]) -> list[list[int]]:
+        """As `encode_rendered`, many at once: on all cores."""
         rows = [row.ids for row in self._prompts.encode_batch_fast(list(prompt_texts), add_special_tokens=False)]
         if self._add_bos:
             rows = [ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids] for ids in rows]
@@ -189,7 +193,7 @@ class Template:
         return self.encode_responses([text])[0]
 
     def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `encode_response`, many at once."""
+        """As `encode_response`, many at once: on all cores."""
         end = self.tokenizer.convert_ids_to_tokens(self.end_id)
         whole = []
         for text in texts:
@@ -250,15 +254,16 @@ def _find(tokenizer: Any, kind: str) -> tuple[str, str]:
 
 
 def _render(tokenizer: Any, jinja: str, kind: str, messages: Sequence[dict[str, str]], generation: bool) -> str:
-    import jinja2
-
     try:
         return tokenizer.apply_chat_template(
             list(messages), chat_template=jinja, tokenize=False, add_generation_prompt=generation
         )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"template {kind!r} cannot write a dialogue of the turns ({roles}): {error}") from error
+    except Exception as error:  # a template is a program of someone else's: it may fail in any way
+        roles, reason = ", ".join(message["role"] for message in messages), str(error).strip().splitlines()
+        raise UserError(
+            f"template {kind!r} cannot write a dialogue of the turns ({roles}): "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error
 
 
 def _end_of_turn(tokenizer: Any, kind: str, tail: str) -> tuple[int, str]:
