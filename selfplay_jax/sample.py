@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
             samples = generate(
                 model,
                 jax.device_put(params, shardings),
-                template.encode_rendered(texts),
+                template.encode_prompt_texts(texts),
                 seed=options.seed,
                 temperature=options.temperature,
                 top_k=options.top_k,
