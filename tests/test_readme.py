@@ -8,10 +8,14 @@ import shlex
 import pytest
 
 from selfplay_jax import config as configs
-from selfplay_jax import main, report
+from selfplay_jax import main, report, sample
+from selfplay_jax.evaluation import lm_eval, parse, suites
+from selfplay_jax.evaluation.evaluate import EVALUATIONS
 from selfplay_jax.methods import METHODS, check_fields
+from selfplay_jax.models import inspect
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "scales")
 README = (ROOT / "README.md").read_text()
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
@@ -24,6 +28,11 @@ def commands(text):
 
 
 COMMANDS = commands(README)
+PARSERS = {
+    "selfplay_jax.sample": sample,
+    "selfplay_jax.evaluation.lm_eval": lm_eval,
+    "selfplay_jax.models.inspect": inspect,
+}
 RUNS = [words[3:] for words in COMMANDS if words[:3] == ["python", "-m", "selfplay_jax.main"]]
 
 
@@ -37,7 +46,8 @@ def test_every_command_is_of_a_kind_that_is_checked():
         else:
             assert words[:2] == ["python", "-m"], words
             assert importlib.util.find_spec(words[2]) is not None
-            assert words[2] in ("selfplay_jax.main", "selfplay_jax.report"), f"check this command too: {words}"
+            checked = ("selfplay_jax.main", "selfplay_jax.report", *PARSERS)
+            assert words[2] in checked, f"check this command too: {words}"
 
 
 @pytest.mark.parametrize("arguments", RUNS, ids=lambda words: " ".join(words)[:60])
@@ -73,6 +83,25 @@ def test_the_real_runs_say_all_that_the_builtin_game_set(monkeypatch):
             limits = (config.data.max_prompt_tokens, config.data.max_response_tokens, config.sampling.max_new_tokens)
             assert min(limits) > 200, arguments
             assert config.data.examples in (0, 50000), arguments
+            assert config.sampling.max_new_tokens <= config.data.max_response_tokens, arguments
+
+
+def test_other_commands_parse():
+    modules = [words for words in COMMANDS if words[1:2] == ["-m"] and words[2] in PARSERS]
+    assert {words[2] for words in modules} == set(PARSERS)
+    for words in modules:
+        PARSERS[words[2]].parser().parse_args(words[3:])
+    assert all(f"`{name}`" in README for name in suites.SUITES)
+
+
+def test_presets_and_evaluations_named_in_the_text_exist():
+    presets = {preset for file in FILES for preset in importlib.import_module(f"configs.{file}").PRESETS}
+    named = re.search(r"^Presets: (.*?);", README, re.MULTILINE | re.DOTALL).group(1)
+    assert set(re.findall(r"`([\w.]+)`", named)) == presets
+    listed = re.search(r"`config\.evaluation\.run`: (.*?)\n- ", README, re.DOTALL).group(1)
+    names = set(re.findall(r"`(\w+)`", listed))
+    assert set(EVALUATIONS) <= names
+    parse(re.search(r'`"(likelihood,.*?)"`', listed).group(1))
 
 
 def test_reports_commands_parse(capsys):
@@ -91,14 +120,14 @@ def test_every_config_field_named_in_the_text_exists():
     for method in METHODS:
         known |= {f"loss.{field}" for field in METHODS[method].fields}
     named = set(re.findall(r"\bconfig\.([a-z_]+(?:\.[a-z_]+)*)(?![\w.]*\()", README)) - {"py", "json"}
-    assert len(named) > 30
+    assert len(named) > 25
     assert named <= known
 
 
 def test_choices_named_in_the_text_are_the_config_s():
     from selfplay_jax.data.templates import KINDS
 
-    template = re.search(r"`config\.data\.template`: (.*?)\. The same", README, re.DOTALL).group(1)
+    template = re.search(r"`config\.data\.template`: (.*?)\. The\s+same", README, re.DOTALL).group(1)
     assert all(f"`{kind}`" in template for kind in KINDS)
     export = re.search(r"`config\.export`: (.*?)\. Exports", README, re.DOTALL).group(1)
     assert set(re.findall(r"`(\w+)`", export)) == {"none", "final", "best", "every"}
@@ -108,11 +137,10 @@ def test_every_method_has_a_row_a_config_and_a_command():
     rows = {
         row.lower().replace("-", "") for row in re.findall(r"^\| \[?([\w-]+)\]?[^|]*\|[^|]*\|[^|]*\|", README, re.M)
     }
-    used = {
-        pathlib.Path(argument.split("=")[1]).stem for words in RUNS for argument in words if "--config=" in argument
-    }
+    files = [argument for words in RUNS for argument in words if "--config=" in argument]
+    used = {pathlib.Path(re.split("[=:]", argument)[1]).stem for argument in files}
     assert set(METHODS) <= rows
-    assert set(METHODS) == used == {path.stem for path in (ROOT / "configs").glob("*.py")} - {"demo"}
+    assert set(METHODS) == used == set(FILES)
 
 
 def test_links_and_pictures_are_there():

@@ -201,25 +201,30 @@ def _human(size: int | None) -> str:
     return f"{size} B" if power == 0 else f"{size / 1000**power:.2f} {('kB', 'MB', 'GB')[power - 1]}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report of one directory; returns the exit code."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    options = argparse.ArgumentParser(
         prog="python -m selfplay_jax.models.inspect",
         description="Says what a Hugging Face model directory holds and whether it would load, from headers alone.",
     )
-    parser.add_argument("directory", metavar="DIR")
-    parser.add_argument("--json", action="store_true", help="print JSON, with every problem")
-    options = parser.parse_args(argv)
+    options.add_argument("directory", metavar="DIR")
+    options.add_argument("--json", action="store_true", help="print JSON, with every problem")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report of one directory; returns the exit code."""
+    options = parser().parse_args(argv)
     try:
         report = inspect(options.directory)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else text(report))
     if report["loadable"]:
         return 0
-    problems = report["problems"]
-    print(f"{report['directory']}: cannot be loaded: {_counts(problems)}; {problems[0]['sentence']}", file=sys.stderr)
+    problems, first = report["problems"], report["problems"][0]["sentence"]
+    print(f"error: {report['directory']}: cannot be loaded: {_counts(problems)}; {first}", file=sys.stderr)
     return 1
 
 
