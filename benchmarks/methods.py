@@ -3,8 +3,8 @@
     python benchmarks/methods.py --seeds=3 [--workdir=runs/benchmark] [--config.train.learning_rate=1e-4 ...]
 
 Every run is the ordinary command line in a process of its own; finished runs are read, not repeated. All methods
-start from the same SFT policy of their seed, see the same prompts, and take the same number of steps; all but T-SPIN
-at the same learning rate (configs/demo.py). "Best" rows stop at the round (the start counts) with the highest
+start from the same SFT policy of their seed, see the same prompts, and take the same number of steps; all but T-SPIN and DPO
+at the same learning rate (configs/scales.py, configs/dpo.py). "Best" rows stop at the round (the start counts) with the highest
 accuracy on the validation problems; what is printed is always measured on the test problems. ± is the standard
 deviation over seeds, of the difference to the start in the last column.
 """
@@ -18,8 +18,8 @@ import time
 
 import numpy as np
 
-METHODS = ("sft", "spin", "tspin", "tpaw")
-_NAMES = {"sft": "continued SFT", "spin": "SPIN", "tspin": "T-SPIN", "tpaw": "TPAW"}
+METHODS = ("sft", "dpo", "spin", "tspin", "tpaw")
+_NAMES = {"sft": "continued SFT", "dpo": "DPO (needs labels)", "spin": "SPIN", "tspin": "T-SPIN", "tpaw": "TPAW"}
 _SELECT = "validation_sampled_accuracy"
 
 

@@ -10,13 +10,12 @@ import numpy as np
 from etils import epath
 
 from selfplay_jax import game as games
-from selfplay_jax import report
+from selfplay_jax import metrics, report
 from selfplay_jax.config import of_round
 from selfplay_jax.evaluation import Subject, evaluate
 from selfplay_jax.game import Game
 from selfplay_jax.groups import REJECTED, TARGET
 from selfplay_jax.methods import WARM_UP, Plan, plan
-from selfplay_jax.metrics import MetricsWriter
 from selfplay_jax.models.decoder import Params
 from selfplay_jax.progress import progress, say
 from selfplay_jax.rounds import Responses, RoundFiles
@@ -129,8 +128,8 @@ def _answers(game: Game, row: Plan, params: Params, settings: Any, files: RoundF
     answers: dict[int, Responses] = {}
     for source in row.opponents:
         if source == REJECTED:
-            rejected = [record.rejected or [] for record in records]
-            ended = np.array([[z[-1:] == [] or z[-1] in game.template.stop_ids] for z in rejected])
+            rejected = [record.rejected or [] for record in records]  # none is missing: game.set_up
+            ended = np.array([[z[-1] in game.template.stop_ids] for z in rejected])
             answers[source] = Responses([[z] for z in rejected], ended, np.full(ended.shape, np.nan, np.float32))
         elif source == t:
             model, decode_params = game.for_decoding(params)
@@ -180,8 +179,7 @@ def finish(game: Game, files: RoundFiles, clock: Clock, params: Params, *, index
         if config.evaluation.every and (index % config.evaluation.every == 0 or last):
             with clock.time("evaluate"):
                 result |= evaluate(_subject(game, params, index), game.task.test, game.task.validation)
-            with MetricsWriter(files.directory) as writer:
-                writer.write({"kind": "eval", "round": files.round_index, "step": index, **result})
+            _log_evaluation(files, index, result)
         files.write("evaluation.json", result)
     with clock.time("save"):
         if index not in game.checkpoints.players():
@@ -197,6 +195,14 @@ def finish(game: Game, files: RoundFiles, clock: Clock, params: Params, *, index
     }
     files.write("summary.json", summary)
     say(report.round_line(summary))
+
+
+def _log_evaluation(files: RoundFiles, index: int, result: dict[str, Any]) -> None:
+    """Adds θ_index's numbers to the round's metrics, once: a run killed before evaluation.json evaluates again."""
+    if any(row["kind"] == "eval" for row in metrics.read(files.directory / "metrics.jsonl")):
+        return
+    with metrics.MetricsWriter(files.directory) as writer:
+        writer.write({"kind": "eval", "round": files.round_index, "step": index, **result})
 
 
 def export(game: Game) -> None:
