@@ -5,6 +5,7 @@ What multiple-choice benchmarks ask: many short continuations of few long contex
 
 import collections
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -37,13 +38,6 @@ class _Row(NamedTuple):
 
     context: Ids
     continuations: list[Ids]
-
-
-class _Shape(NamedTuple):
-    """The padded sizes that rows of one batch share, the context's aside."""
-
-    columns: int
-    width: int
 
 
 @functools.lru_cache(maxsize=8)
@@ -83,12 +77,14 @@ def likelihoods(
     result = Likelihoods(np.zeros(len(pairs), np.float32), np.zeros(len(pairs), bool))
     batch_size = -(-batch_size // mesh.shape["fsdp"]) * mesh.shape["fsdp"]
     program = _program(model, mesh)
-    for shape, rows in _batches(_rows(asked), batch_size):
+    for rows in _batches(_rows(asked), batch_size):
+        columns, width = _shape(rows)
         padded = [rows[i % len(rows)] for i in range(_fill(len(rows), batch_size, mesh.shape["fsdp"]))]
         group = pack(
             [row.context for row in padded],
-            [row.continuations + [()] * (shape.columns - len(row.continuations)) for row in padded],
-            response_width=shape.width,
+            [row.continuations + [()] * (columns - len(row.continuations)) for row in padded],
+            prompt_width=_width(max(len(row.context) for row in rows)),
+            response_width=width,
         )
         with partitioning.use_mesh(mesh):
             logps, greedy = jax.device_get(program(params, group))
@@ -122,8 +118,11 @@ def _rows(asked: Iterable[tuple[Ids, Ids]]) -> list[_Row]:
 
 
 def _width(length: int) -> int:
-    """The padded length of continuations: 1, 8, 16, 32, 64, ...; there are many contexts' lengths beside it."""
-    return 1 if length == 1 else max(8, 1 << (length - 1).bit_length())
+    """The padded length: 1, 8, 16, ..., 64, then four widths to an octave (80, 96, 112, 128, 160, ...)."""
+    if length == 1:
+        return 1
+    step = max(8, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step
 
 
 def _columns(count: int) -> int:
@@ -132,36 +131,36 @@ def _columns(count: int) -> int:
     return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
 
 
-def _shape(row: _Row) -> _Shape:
-    return _Shape(_columns(len(row.continuations)), _width(max(map(len, row.continuations))))
+def _shape(rows: Sequence[_Row]) -> tuple[int, int]:
+    """The padded number and length of the continuations of rows that go together."""
+    longest = max(len(continuation) for row in rows for continuation in row.continuations)
+    return _columns(max(len(row.continuations) for row in rows)), _width(longest)
 
 
-def _batches(rows: list[_Row], batch_size: int) -> Iterator[tuple[_Shape, list[_Row]]]:
-    """Batches of rows of one shape each, the long contexts first.
+def _batches(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
+    """Batches of rows whose sizes are much alike, so that little is padded and few are not full.
 
-    A shape that has less than a batch of rows is not worth a program: its rows join the next that has room for them
-    and does not waste much.
+    Rows are sorted by the number of continuations, their length (roughly where they are short), and the context's
+    length, up and down in turns, so that neighbours are alike at the seams too. A row goes with those before it unless
+    that pads its continuations to more than twice their size.
     """
-    by_shape: dict[_Shape, list[_Row]] = collections.defaultdict(list)
+    by_shape: dict[tuple[int, int], list[_Row]] = collections.defaultdict(list)
     for row in rows:
-        by_shape[_shape(row)].append(row)
-    for shape in sorted(by_shape, key=_size):
-        most = max(_LITTLE, 2 * _size(shape))
-        roomier = [s for s in by_shape if s != shape and s.columns >= shape.columns and s.width >= shape.width]
-        roomier = [s for s in roomier if _size(s) <= most]
-        if roomier and len(by_shape[shape]) < batch_size:
-            by_shape[min(roomier, key=_size)] += by_shape.pop(shape)
-    for shape, members in sorted(by_shape.items(), reverse=True):
-        members.sort(key=lambda row: len(row.context), reverse=True)
-        for start in range(0, len(members), batch_size):
-            yield shape, members[start : start + batch_size]
-
-
-def _size(shape: _Shape) -> int:
-    return shape.columns * shape.width
+        columns, width = _shape([row])
+        by_shape[columns, width if width > 64 else 1 << (width - 1).bit_length()].append(row)
+    batch: list[_Row] = []
+    for turn, shape in enumerate(sorted(by_shape, reverse=True)):
+        for row in sorted(by_shape[shape], key=lambda row: len(row.context), reverse=turn % 2 == 0):
+            size, alone = math.prod(_shape([*batch[:1], row])), math.prod(_shape([row]))
+            if batch and (len(batch) == batch_size or size > max(_LITTLE, 2 * alone)):
+                yield batch
+                batch = []
+            batch.append(row)
+    if batch:
+        yield batch
 
 
 def _fill(count: int, batch_size: int, shards: int) -> int:
-    """The padded number of rows of a batch: a full one, or for a few rows a quarter of it."""
+    """The padded number of rows: quarters of a batch."""
     quarter = -(-batch_size // (4 * shards)) * shards
-    return quarter if count <= quarter else batch_size
+    return -(-count // quarter) * quarter
