@@ -184,10 +184,8 @@ def main() -> int:
         model, params, source = load_model(folder / "model")
         ours = HarnessLM(model, params, load_tokenizer(source), batch_size=options.batch_size)
         print(f"batch size {options.batch_size}, {torch.get_num_threads()} torch threads, {os.cpu_count()} cores\n")
-        print(
-            "| task | requests | hf, requests/s | ours with compiling | ours | ratio with compiling | ratio | answers |"
-        )
-        print("|---|---|---|---|---|---|---|---|")
+        print("| requests/s | hf | ours with compiling | ours | ratio with compiling | ratio | answers |")
+        print("|---|---|---|---|---|---|---|")
         seconds, cpu = np.zeros(3), np.zeros(3)
         for task in _TASKS:
             expected, hf = answers(theirs, folder, task)

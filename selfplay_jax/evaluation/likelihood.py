@@ -4,6 +4,7 @@ What multiple-choice benchmarks ask: many short continuations of few long contex
 """
 
 import collections
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,10 @@ from selfplay_jax.models.decoder import Model, Params
 
 # Continuations that stand beside each other in a group, at most: by number, and by tokens (padding included).
 _MOST_COLUMNS, _MOST_TOKENS = 32, 2048
+# Up to so many batches, each may have a program of its own.
+_FEW = 8
+# Rows up to this length go `batch_size` together.
+_FULL_BATCH_TOKENS = 1024 + 128
 # Tokens of continuations that weigh little beside a context.
 _LITTLE = 64
 
@@ -64,7 +69,7 @@ def likelihoods(
     Args:
       pairs: (context, continuation), each one token at least.
       mesh: where the parameters live.
-      batch_size: contexts per forward pass.
+      batch_size: contexts per forward pass; fewer where they are longer than 1,024 tokens, for attention's memory.
       on_progress: called with the number of pairs done since the last call.
     Raises:
       ValueError: an empty context or continuation.
@@ -75,21 +80,22 @@ def likelihoods(
     for i, (context, continuation) in enumerate(pairs):
         asked[tuple(context), tuple(continuation)].append(i)
     result = Likelihoods(np.zeros(len(pairs), np.float32), np.zeros(len(pairs), bool))
-    batch_size = -(-batch_size // mesh.shape["fsdp"]) * mesh.shape["fsdp"]
     program = _program(model, mesh)
-    for rows in _batches(_rows(asked), batch_size):
-        columns, width = _shape(rows)
-        padded = [rows[i % len(rows)] for i in range(_fill(len(rows), batch_size, mesh.shape["fsdp"]))]
+    rows = _rows(asked)
+    plan = _Plan(batch_size, mesh.shape["fsdp"], few=len(rows) <= _FEW * batch_size)
+    for batch in plan.batches(rows):
+        count, prompt_width, columns, width = plan.sizes(batch)
+        padded = [batch[i % len(batch)] for i in range(count)]
         group = pack(
             [row.context for row in padded],
             [row.continuations + [()] * (columns - len(row.continuations)) for row in padded],
-            prompt_width=_width(max(len(row.context) for row in rows)),
+            prompt_width=prompt_width,
             response_width=width,
         )
         with partitioning.use_mesh(mesh):
             logps, greedy = jax.device_get(program(params, group))
         done = 0
-        for b, row in enumerate(rows):
+        for b, row in enumerate(batch):
             for k, continuation in enumerate(row.continuations):
                 where = asked[row.context, continuation]
                 result.logps[where], result.greedy[where] = logps[b, k], greedy[b, k]
@@ -108,7 +114,7 @@ def _rows(asked: Iterable[tuple[Ids, Ids]]) -> list[_Row]:
     for context, continuations in by_context.items():
         row: list[Ids] = []
         for continuation in sorted(continuations, key=len):
-            tokens = (len(row) + 1) * _width(len(continuation))
+            tokens = (len(row) + 1) * len(continuation)
             if len(row) == _MOST_COLUMNS or (row and tokens > _MOST_TOKENS):
                 rows.append(_Row(context, row))
                 row = []
@@ -117,50 +123,69 @@ def _rows(asked: Iterable[tuple[Ids, Ids]]) -> list[_Row]:
     return rows
 
 
-def _width(length: int) -> int:
-    """The padded length: 1, 8, 16, ..., 64, then four widths to an octave (80, 96, 112, 128, 160, ...)."""
-    if length == 1:
-        return 1
-    step = max(8, (1 << (length - 1).bit_length()) // 8)
-    return -(-length // step) * step
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How rows are batched and padded.
+
+    shards: what the number of rows of a batch must be a multiple of. few: there are few batches, so that exact sizes
+    do not make many programs.
+    """
+
+    batch_size: int
+    shards: int
+    few: bool
+
+    def width(self, length: int) -> int:
+        """The padded length: 1, 8, 16, ..., 64, then four to an octave (80, 96, 112, 128, 160, ...); finer if few."""
+        if length == 1:
+            return 1
+        step = 8 if self.few else max(8, (1 << (length - 1).bit_length()) // 8)
+        return -(-length // step) * step
+
+    def shape(self, rows: Sequence[_Row]) -> tuple[int, int]:
+        """The padded number and length of the continuations of rows that go together."""
+        longest = max(len(continuation) for row in rows for continuation in row.continuations)
+        return _columns(max(len(row.continuations) for row in rows)), self.width(longest)
+
+    def capacity(self, rows: Sequence[_Row]) -> int:
+        """How many rows like these go together: attention's memory grows with the square of their length."""
+        tokens = max(len(row.context) for row in rows) + self.shape(rows)[1]
+        return max(1, int(self.batch_size * min(1.0, (_FULL_BATCH_TOKENS / tokens) ** 2)))
+
+    def batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+        """Batches of rows whose sizes are much alike, so that little is padded and most are full.
+
+        Rows are sorted by the number of continuations, their length (roughly where they are short), and the context's
+        length, up and down in turns, so that neighbours are alike at the seams too. A row goes with those before it
+        unless that pads its continuations to more than twice their size.
+        """
+        by_shape: dict[tuple[int, int], list[_Row]] = collections.defaultdict(list)
+        for row in rows:
+            columns, width = self.shape([row])
+            by_shape[columns, width if width > 64 else 1 << (width - 1).bit_length()].append(row)
+        batch: list[_Row] = []
+        for turn, shape in enumerate(sorted(by_shape, reverse=True)):
+            for row in sorted(by_shape[shape], key=lambda row: len(row.context), reverse=turn % 2 == 0):
+                size, alone = math.prod(self.shape([*batch[:1], row])), math.prod(self.shape([row]))
+                full = len(batch) >= self.capacity([*batch[:1], *batch[-1:], row])
+                if batch and (full or size > max(_LITTLE, 2 * alone)):
+                    yield batch
+                    batch = []
+                batch.append(row)
+        if batch:
+            yield batch
+
+    def sizes(self, batch: Sequence[_Row]) -> tuple[int, int, int, int]:
+        """The padded sizes of a batch: rows (in quarters of a full batch), context, continuations, their length."""
+        quarter = -(-self.capacity(batch) // (4 * self.shards)) * self.shards
+        return (
+            -(-len(batch) // quarter) * quarter,
+            self.width(max(len(row.context) for row in batch)),
+            *self.shape(batch),
+        )
 
 
 def _columns(count: int) -> int:
     """The padded number of continuations: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32."""
     power = 1 << (count - 1).bit_length()
     return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
-
-
-def _shape(rows: Sequence[_Row]) -> tuple[int, int]:
-    """The padded number and length of the continuations of rows that go together."""
-    longest = max(len(continuation) for row in rows for continuation in row.continuations)
-    return _columns(max(len(row.continuations) for row in rows)), _width(longest)
-
-
-def _batches(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Batches of rows whose sizes are much alike, so that little is padded and few are not full.
-
-    Rows are sorted by the number of continuations, their length (roughly where they are short), and the context's
-    length, up and down in turns, so that neighbours are alike at the seams too. A row goes with those before it unless
-    that pads its continuations to more than twice their size.
-    """
-    by_shape: dict[tuple[int, int], list[_Row]] = collections.defaultdict(list)
-    for row in rows:
-        columns, width = _shape([row])
-        by_shape[columns, width if width > 64 else 1 << (width - 1).bit_length()].append(row)
-    batch: list[_Row] = []
-    for turn, shape in enumerate(sorted(by_shape, reverse=True)):
-        for row in sorted(by_shape[shape], key=lambda row: len(row.context), reverse=turn % 2 == 0):
-            size, alone = math.prod(_shape([*batch[:1], row])), math.prod(_shape([row]))
-            if batch and (len(batch) == batch_size or size > max(_LITTLE, 2 * alone)):
-                yield batch
-                batch = []
-            batch.append(row)
-    if batch:
-        yield batch
-
-
-def _fill(count: int, batch_size: int, shards: int) -> int:
-    """The padded number of rows: quarters of a batch."""
-    quarter = -(-batch_size // (4 * shards)) * shards
-    return -(-count // quarter) * quarter
