@@ -3,10 +3,10 @@
     python benchmarks/methods.py --seeds=3 [--workdir=runs/benchmark] [--config.train.learning_rate=1e-4 ...]
 
 Every run is the ordinary command line in a process of its own; finished runs are read, not repeated. All methods
-start from the same SFT policy of their seed, see the same prompts, and take the same number of steps; all but T-SPIN and DPO
-at the same learning rate (configs/scales.py, configs/dpo.py). "Best" rows stop at the round (the start counts) with the highest
-accuracy on the validation problems; what is printed is always measured on the test problems. ± is the standard
-deviation over seeds, of the difference to the start in the last column.
+start from the same SFT policy of their seed, see the same prompts, and take the same number of steps; all but T-SPIN
+and DPO at the same learning rate (configs/scales.py, configs/dpo.py). "Best" rows stop at the round (the start counts)
+with the highest accuracy on the validation problems; what is printed is always measured on the test problems. ± is the
+standard deviation over seeds, of the difference to the start in the last column.
 """
 
 import argparse

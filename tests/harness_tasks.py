@@ -142,7 +142,7 @@ class Oracle:
         return self.tokens(head, whole[len(head) :])
 
     def rolling(self, text: str) -> float:
-        """Each token once, given as many before it as fit into a window ending where its predictions end."""
+        """Each token once; a window ends with its last prediction and reaches back as far as the model sees."""
         tokens, total = self.encode(text), 0.0
         row = [self.prefix, *tokens]  # row[i] stands before tokens[i]
         for start in range(0, len(tokens), self.max_length):

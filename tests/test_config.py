@@ -206,10 +206,18 @@ def test_an_unknown_field_in_a_real_process():
 def test_a_workdir_of_another_config_in_a_real_process(tmp_path):
     config, _ = main.read_flags([SPIN, "--config.seed=4"])
     recorded(config, tmp_path)
+    metrics.write_json(tmp_path / "data.json", {})  # the run has begun
     done = command("--config=configs/spin.py", f"--workdir={tmp_path}", "--config.compilation_cache=")
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch(r"error: .* config\.seed is 4 there and 0 here\. .*--workdir.*\n", done.stderr)
     assert metrics.read_json(tmp_path / "config.json")["seed"] == 4
+
+
+def test_a_run_that_stopped_before_it_began_takes_another_config(tmp_path, signals, capsys):
+    flags = [SPIN, f"--workdir={tmp_path / 'run'}", "--config.compilation_cache="]
+    assert main.main([*flags, "--config.model.path=/no/such/model"]) == 1
+    assert main.main([*flags, "--config.model.path=/neither/this"]) == 1
+    assert "/neither/this" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_folder_that_holds_something_else_is_not_taken(tmp_path, signals, capsys):

@@ -12,7 +12,7 @@ from etils import epath
 from toy_tokenizers import DIALOGUE, assistant, qwen, user
 
 from selfplay_jax import config as configs
-from selfplay_jax import selfplay
+from selfplay_jax import game
 from selfplay_jax.data import cache, sources, tasks, tokens
 from selfplay_jax.data.sources import Example
 from selfplay_jax.data.templates import Template
@@ -189,24 +189,24 @@ def test_a_run_refuses_data_that_changed(tmp_path: pathlib.Path) -> None:
     rows = [{"prompt": f"p{n}", "response": f"r{n}"} for n in range(20)]
     path, workdir = written(tmp_path / "a.jsonl", *rows), epath.Path(tmp_path / "run")
     workdir.mkdir()
-    task = selfplay._load_task(run_config(path), workdir, TEMPLATE)
+    task = game._load_task(run_config(path), workdir, TEMPLATE)
     recorded = (workdir / "data.json").read_text()
-    assert selfplay._load_task(run_config(path), workdir, TEMPLATE) == task
+    assert game._load_task(run_config(path), workdir, TEMPLATE) == task
     assert (workdir / "data.json").read_text() == recorded
     held = next(n for n in range(20) if n in {record.id for record in task.test})
     written(path, *rows[:held], {**rows[held], "response": "other"}, *rows[held + 1 :])
     with pytest.raises(UserError, match=r"data changed under the run in .*data\.json tells: the test examples\. Bring"):
-        selfplay._load_task(run_config(path), workdir, TEMPLATE)
+        game._load_task(run_config(path), workdir, TEMPLATE)
     assert (workdir / "data.json").read_text() == recorded  # a refused run changes nothing
     written(path, *rows)
     other = qwen()
     other.add_tokens(["<extra>"])
     with pytest.raises(UserError, match=r"the data changed .*: the tokenizer\."):
-        selfplay._load_task(run_config(path), workdir, Template.from_tokenizer(other))
+        game._load_task(run_config(path), workdir, Template.from_tokenizer(other))
     with pytest.raises(UserError, match=r": the train examples, .*, the template\."):
-        selfplay._load_task(run_config(path), workdir, Template.from_tokenizer(qwen(), "plain"))
+        game._load_task(run_config(path), workdir, Template.from_tokenizer(qwen(), "plain"))
     (workdir / "data.json").write_text('{"bad_records_skipped": 0, "train": {"kept": 13}}')  # of an older version
-    assert selfplay._load_task(run_config(path), workdir, TEMPLATE) == task
+    assert game._load_task(run_config(path), workdir, TEMPLATE) == task
     assert (workdir / "data.json").read_text() == recorded
 
 
@@ -222,9 +222,9 @@ def test_five_percent_bad_records(tmp_path: pathlib.Path, capsys: pytest.Capture
     path, workdir = written(tmp_path / "a.jsonl", *rows), epath.Path(tmp_path / "run")
     workdir.mkdir()
     with pytest.raises(UserError, match=rf"{path}:8: not valid JSON .* or set data.on_bad_record to 'skip'"):
-        selfplay._load_task(run_config(path), workdir, TEMPLATE)
+        game._load_task(run_config(path), workdir, TEMPLATE)
     assert not list(workdir.iterdir())
-    task = selfplay._load_task(run_config(path, on_bad_record="skip"), workdir, TEMPLATE)
+    task = game._load_task(run_config(path, on_bad_record="skip"), workdir, TEMPLATE)
     listed = [json.loads(line) for line in (workdir / "bad_records.jsonl").read_text().splitlines()]
     assert [row["where"] for row in listed] == [f"{path}:{n + 1}" for n in sorted(broken)]
     assert [row["problem"] for row in listed[:3]] == [

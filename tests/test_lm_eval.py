@@ -87,12 +87,43 @@ def test_each_context_is_computed_once_with_all_its_continuations(monkeypatch):
     np.testing.assert_array_equal(found.logps[: len(pairs)], found.logps[len(pairs) :][::-1])
 
 
-def test_shapes_stay_few():
-    rng = np.random.default_rng(2)
-    counts, widths = rng.integers(1, 40, size=5000), rng.integers(1, 900, size=5000)
-    assert {likelihood._columns(int(c)) for c in counts} == {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48}
-    assert {likelihood._width(int(w)) for w in widths} == {1, 8, 16, 32, 64, 128, 256, 512, 1024}
-    assert all(likelihood._columns(int(c)) >= c for c in counts) and all(likelihood._width(int(w)) >= w for w in widths)
+def test_widths():
+    many, few = likelihood._Plan(16, 1, few=False), likelihood._Plan(16, 1, few=True)
+    lengths = range(1, 1025)
+    octaves = [*range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, 513, 64), 640, 768, 896, 1024]
+    assert sorted({many.width(n) for n in lengths}) == [1, *octaves]
+    assert sorted({few.width(n) for n in lengths}) == [1, *range(8, 1025, 8)]
+    assert all(plan.width(n) >= n for plan in (many, few) for n in lengths)
+    assert sorted({likelihood._columns(n) for n in range(1, 33)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    assert all(likelihood._columns(n) >= n for n in range(1, 33))
+
+
+def rows_like(rng, count, contexts, columns, lengths):
+    return [
+        likelihood._Row(
+            (1,) * rng.integers(*contexts), [(2,) * rng.integers(*lengths) for _ in range(rng.integers(*columns))]
+        )
+        for _ in range(count)
+    ]
+
+
+def test_batches_hold_every_row_once_with_little_padding_and_few_shapes():
+    rng = np.random.default_rng(3)
+    letters = rows_like(rng, 500, (200, 900), (4, 5), (1, 2))
+    endings = rows_like(rng, 500, (200, 900), (3, 6), (5, 60))
+    texts = rows_like(rng, 100, (1, 2), (1, 2), (50, 3000))
+    rows = letters + endings + texts
+    plan = likelihood._Plan(16, 2, few=False)
+    batches = list(plan.batches(rows))
+    assert sorted(map(id, rows)) == sorted(id(row) for batch in batches for row in batch)
+    sizes = [plan.sizes(batch) for batch in batches]
+    for batch, (count, context, _, width) in zip(batches, sizes, strict=True):
+        assert len(batch) <= count <= 16 and count % 2 == 0
+        assert count * (context + width) ** 2 <= 2 * 16 * 1200**2 or count == 2  # what attention holds
+    padded = sum(count * (context + columns * width) for count, context, columns, width in sizes)
+    real = sum(len(row.context) + sum(map(len, row.continuations)) for row in rows)
+    assert padded < 1.35 * real
+    assert len(set(sizes)) < 70
 
 
 def test_an_empty_side_is_refused():
@@ -270,7 +301,9 @@ def local_tasks(tasks, monkeypatch):
 
 
 def command(*arguments):
-    return lm_eval.main(["--model", str(builtin.BASE), "--batch_size", "8", *map(str, arguments)])
+    return lm_eval.main(
+        ["--model", str(builtin.BASE), "--batch_size", "8", "--compilation_cache", "", *map(str, arguments)]
+    )
 
 
 def test_command_line_prints_the_table_and_writes_the_results(local_tasks, tmp_path, capsys):

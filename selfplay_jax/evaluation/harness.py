@@ -4,6 +4,7 @@ Its answers are those of the harness' own `hf` backend with a batch size of one:
 strings and defaults. Import it inside functions: it needs lm_eval, the rest of the package does not.
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -76,7 +77,7 @@ class HarnessLM(TemplateLM):
         self._decode_params = self._params if decode_params is None else decode_params
         self._add_bos, self._prefix, self._seed = add_bos_token, prefix_token_id, seed
         self._check_stop = check_stop
-        self._recent: tuple[str, list[int]] = ("", [])
+        self._remembered = functools.lru_cache(maxsize=64)(self._encode)  # one context comes with all its choices
 
     @property
     def eot_token_id(self) -> int:
@@ -128,13 +129,8 @@ class HarnessLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; a text that begins with the prefix token's name gets no second one."""
-        if self._recent[0] == string and add_special_tokens is None:
-            return self._recent[1]  # one context comes with all its choices
         begun = string.startswith(self.tokenizer.decode(self.prefix_token_id))
-        ids = self._encode(string, False if add_special_tokens is None and begun else add_special_tokens)
-        if add_special_tokens is None:
-            self._recent = (string, ids)
-        return ids
+        return self._remembered(string, False if add_special_tokens is None and begun else add_special_tokens)
 
     def _encode(self, string: str, add_special_tokens: bool | None) -> list[int]:
         flag = self._add_bos if add_special_tokens is None else add_special_tokens

@@ -4,7 +4,9 @@ What multiple-choice benchmarks ask: many short continuations of few long contex
 """
 
 import collections
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,6 +21,10 @@ from selfplay_jax.models.decoder import Model, Params
 
 # Continuations that stand beside each other in a group, at most: by number, and by tokens (padding included).
 _MOST_COLUMNS, _MOST_TOKENS = 32, 2048
+# Up to so many batches, each may have a program of its own.
+_FEW = 8
+# Rows up to this length go `batch_size` together.
+_FULL_BATCH_TOKENS = 1024 + 128
 # Tokens of continuations that weigh little beside a context.
 _LITTLE = 64
 
@@ -37,13 +43,6 @@ class _Row(NamedTuple):
 
     context: Ids
     continuations: list[Ids]
-
-
-class _Shape(NamedTuple):
-    """The padded sizes that rows of one batch share, the context's aside."""
-
-    columns: int
-    width: int
 
 
 @functools.lru_cache(maxsize=8)
@@ -70,7 +69,7 @@ def likelihoods(
     Args:
       pairs: (context, continuation), each one token at least.
       mesh: where the parameters live.
-      batch_size: contexts per forward pass.
+      batch_size: contexts per forward pass; fewer where they are longer than 1,024 tokens, for attention's memory.
       on_progress: called with the number of pairs done since the last call.
     Raises:
       ValueError: an empty context or continuation.
@@ -81,19 +80,22 @@ def likelihoods(
     for i, (context, continuation) in enumerate(pairs):
         asked[tuple(context), tuple(continuation)].append(i)
     result = Likelihoods(np.zeros(len(pairs), np.float32), np.zeros(len(pairs), bool))
-    batch_size = -(-batch_size // mesh.shape["fsdp"]) * mesh.shape["fsdp"]
     program = _program(model, mesh)
-    for shape, rows in _batches(_rows(asked), batch_size):
-        padded = [rows[i % len(rows)] for i in range(_fill(len(rows), batch_size, mesh.shape["fsdp"]))]
+    rows = _rows(asked)
+    plan = _Plan(batch_size, mesh.shape["fsdp"], few=len(rows) <= _FEW * batch_size)
+    for batch in plan.batches(rows):
+        count, prompt_width, columns, width = plan.sizes(batch)
+        padded = [batch[i % len(batch)] for i in range(count)]
         group = pack(
             [row.context for row in padded],
-            [row.continuations + [()] * (shape.columns - len(row.continuations)) for row in padded],
-            response_width=shape.width,
+            [row.continuations + [()] * (columns - len(row.continuations)) for row in padded],
+            prompt_width=prompt_width,
+            response_width=width,
         )
         with partitioning.use_mesh(mesh):
             logps, greedy = jax.device_get(program(params, group))
         done = 0
-        for b, row in enumerate(rows):
+        for b, row in enumerate(batch):
             for k, continuation in enumerate(row.continuations):
                 where = asked[row.context, continuation]
                 result.logps[where], result.greedy[where] = logps[b, k], greedy[b, k]
@@ -112,7 +114,7 @@ def _rows(asked: Iterable[tuple[Ids, Ids]]) -> list[_Row]:
     for context, continuations in by_context.items():
         row: list[Ids] = []
         for continuation in sorted(continuations, key=len):
-            tokens = (len(row) + 1) * _width(len(continuation))
+            tokens = (len(row) + 1) * len(continuation)
             if len(row) == _MOST_COLUMNS or (row and tokens > _MOST_TOKENS):
                 rows.append(_Row(context, row))
                 row = []
@@ -121,47 +123,69 @@ def _rows(asked: Iterable[tuple[Ids, Ids]]) -> list[_Row]:
     return rows
 
 
-def _width(length: int) -> int:
-    """The padded length of continuations: 1, 8, 16, 32, 64, ...; there are many contexts' lengths beside it."""
-    return 1 if length == 1 else max(8, 1 << (length - 1).bit_length())
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How rows are batched and padded.
+
+    shards: what the number of rows of a batch must be a multiple of. few: there are few batches, so that exact sizes
+    do not make many programs.
+    """
+
+    batch_size: int
+    shards: int
+    few: bool
+
+    def width(self, length: int) -> int:
+        """The padded length: 1, 8, 16, ..., 64, then four to an octave (80, 96, 112, 128, 160, ...); finer if few."""
+        if length == 1:
+            return 1
+        step = 8 if self.few else max(8, (1 << (length - 1).bit_length()) // 8)
+        return -(-length // step) * step
+
+    def shape(self, rows: Sequence[_Row]) -> tuple[int, int]:
+        """The padded number and length of the continuations of rows that go together."""
+        longest = max(len(continuation) for row in rows for continuation in row.continuations)
+        return _columns(max(len(row.continuations) for row in rows)), self.width(longest)
+
+    def capacity(self, rows: Sequence[_Row]) -> int:
+        """How many rows like these go together: attention's memory grows with the square of their length."""
+        tokens = max(len(row.context) for row in rows) + self.shape(rows)[1]
+        return max(1, int(self.batch_size * min(1.0, (_FULL_BATCH_TOKENS / tokens) ** 2)))
+
+    def batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+        """Batches of rows whose sizes are much alike, so that little is padded and most are full.
+
+        Rows are sorted by the number of continuations, their length (roughly where they are short), and the context's
+        length, up and down in turns, so that neighbours are alike at the seams too. A row goes with those before it
+        unless that pads its continuations to more than twice their size.
+        """
+        by_shape: dict[tuple[int, int], list[_Row]] = collections.defaultdict(list)
+        for row in rows:
+            columns, width = self.shape([row])
+            by_shape[columns, width if width > 64 else 1 << (width - 1).bit_length()].append(row)
+        batch: list[_Row] = []
+        for turn, shape in enumerate(sorted(by_shape, reverse=True)):
+            for row in sorted(by_shape[shape], key=lambda row: len(row.context), reverse=turn % 2 == 0):
+                size, alone = math.prod(self.shape([*batch[:1], row])), math.prod(self.shape([row]))
+                full = len(batch) >= self.capacity([*batch[:1], *batch[-1:], row])
+                if batch and (full or size > max(_LITTLE, 2 * alone)):
+                    yield batch
+                    batch = []
+                batch.append(row)
+        if batch:
+            yield batch
+
+    def sizes(self, batch: Sequence[_Row]) -> tuple[int, int, int, int]:
+        """The padded sizes of a batch: rows (in quarters of a full batch), context, continuations, their length."""
+        quarter = -(-self.capacity(batch) // (4 * self.shards)) * self.shards
+        return (
+            -(-len(batch) // quarter) * quarter,
+            self.width(max(len(row.context) for row in batch)),
+            *self.shape(batch),
+        )
 
 
 def _columns(count: int) -> int:
     """The padded number of continuations: 1, 2, 3, 4, 6, 8, 12, 16, 24, 32."""
     power = 1 << (count - 1).bit_length()
     return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
-
-
-def _shape(row: _Row) -> _Shape:
-    return _Shape(_columns(len(row.continuations)), _width(max(map(len, row.continuations))))
-
-
-def _batches(rows: list[_Row], batch_size: int) -> Iterator[tuple[_Shape, list[_Row]]]:
-    """Batches of rows of one shape each, the long contexts first.
-
-    A shape that has less than a batch of rows is not worth a program: its rows join the next that has room for them
-    and does not waste much.
-    """
-    by_shape: dict[_Shape, list[_Row]] = collections.defaultdict(list)
-    for row in rows:
-        by_shape[_shape(row)].append(row)
-    for shape in sorted(by_shape, key=_size):
-        most = max(_LITTLE, 2 * _size(shape))
-        roomier = [s for s in by_shape if s != shape and s.columns >= shape.columns and s.width >= shape.width]
-        roomier = [s for s in roomier if _size(s) <= most]
-        if roomier and len(by_shape[shape]) < batch_size:
-            by_shape[min(roomier, key=_size)] += by_shape.pop(shape)
-    for shape, members in sorted(by_shape.items(), reverse=True):
-        members.sort(key=lambda row: len(row.context), reverse=True)
-        for start in range(0, len(members), batch_size):
-            yield shape, members[start : start + batch_size]
-
-
-def _size(shape: _Shape) -> int:
-    return shape.columns * shape.width
-
-
-def _fill(count: int, batch_size: int, shards: int) -> int:
-    """The padded number of rows of a batch: a full one, or for a few rows a quarter of it."""
-    quarter = -(-batch_size // (4 * shards)) * shards
-    return quarter if count <= quarter else batch_size

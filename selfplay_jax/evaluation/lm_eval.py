@@ -47,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="with a chat template: each example a turn of its own (the default) or all in one turn",
     )
+    add(
+        "--compilation_cache", default="~/.cache/selfplay_jax/xla", metavar="DIR", help="compiled programs; '' for none"
+    )
     add("--output", metavar="FILE", help="where the results go as JSON")
     add("--log_samples", action="store_true", help="with --output: every prompt and answer too")
     return options
@@ -103,6 +106,8 @@ def _model(options: argparse.Namespace) -> tuple[Any, contextlib.AbstractContext
     from selfplay_jax.evaluation.harness import HarnessLM
     from selfplay_jax.evaluation.load import load_model
 
+    if options.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(options.compilation_cache))
     try:
         fsdp, tensor = map(int, options.mesh.split(","))
     except ValueError:

@@ -181,7 +181,6 @@ def generate(
     tokens: list[list[int]] = [[] for _ in range(total)]
     finished, logps = np.zeros(total, bool), np.zeros(total, np.float32)
     owner = np.full(slots, -1)
-
     looked = np.zeros(slots, np.int32)  # tokens of each slot's response that `stop_when` has let pass
 
     with partitioning.use_mesh(mesh):
