@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -31,6 +32,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0),
     "min_p": (0, 0.0, None),
 }
+
+# Keys and values of the responses that are decoded together beyond batch_size.
+_CACHE_BYTES = 2**31
 
 
 class HarnessLM(TemplateLM):
@@ -58,7 +62,8 @@ class HarnessLM(TemplateLM):
         params: in the training layout of `mesh`, or anywhere.
         tokenizer: a transformers tokenizer.
         mesh: None is the first device.
-        batch_size: contexts scored together (each with all its continuations), responses decoded together.
+        batch_size: contexts scored together (each with all its continuations); responses decoded together, or up to
+          four times as many where their keys and values take less than 2 GiB.
         decode_params: the same parameters laid out for decoding; by default `params`.
         max_length: tokens that the model sees, by default its `max_position_embeddings`; longer inputs lose their left.
         max_gen_toks: tokens generated where the task does not say.
@@ -236,11 +241,18 @@ class HarnessLM(TemplateLM):
             self.tokenizer,
             prompts,
             seed=self._seed,
-            slots=self.batch_size,
+            slots=self._slots(max(map(len, prompts)) + options["max_new_tokens"]),
             mesh=self._mesh,
             on_progress=advance,
             **options,
         )
+
+    def _slots(self, tokens: int) -> int:
+        """Responses of so many tokens to decode together: a slot costs memory, and hardly time."""
+        config = self._model.config
+        width = config.num_kv_heads * config.head_dim * jnp.dtype(self._model.compute_dtype).itemsize
+        room = _CACHE_BYTES // (2 * config.num_layers * width * tokens)
+        return min(max(self.batch_size, room), 4 * self.batch_size)
 
     def _advance(self, bar: Any) -> Callable[[int], None]:
         def advance(count: int) -> None:
