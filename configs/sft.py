@@ -7,7 +7,7 @@ judges. The control at scale is an ultrachat preset with the other methods' data
 
     python -m selfplay_jax.main --config=configs/sft.py:ultrachat_qwen2.5_1.5b --workdir=runs/continued \
       --config.model.path=runs/sft-ultrachat_qwen2.5_1.5b/hf/final --config.data.examples=50000 \
-      --config.data.turns=first --config.rounds=4 --config.train.epochs=2
+      --config.data.turns=first --config.rounds=4 --config.train.epochs=2 --config.train.batch_size=64
 """
 
 from ml_collections import ConfigDict

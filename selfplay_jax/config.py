@@ -6,6 +6,7 @@ lists the near matches (`check`, called by main on what it read).
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ FREE_FIELDS = (
     "workdir",
     "rounds",
     "export",
+    "export_dtype",
+    "lora.export",
     "compilation_cache",
     "data.cache",
     "train.checkpoint_every",
@@ -217,6 +220,9 @@ def check(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{name}={values[name]!r} is not one of {', '.join(choices)}{_near(str(values[name]), choices)}."
             )
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.{name}={value} must be a finite number.")
     for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
         for name in names:
             if values[name] < least:
@@ -268,6 +274,8 @@ def _by_round(config: ConfigDict) -> dict[str, list[Any]]:
                 f"config.by_round has {part!r}; it reads like train.learning_rate=5e-7,1e-7;loss.lam=0.1,5, with "
                 f"fields of {', '.join(_BY_ROUND_SECTIONS)}."
             )
+        if name in fields:
+            raise UserError(f"config.by_round names {name} twice.")
         if field not in config[section]:
             raise UserError(f"config.by_round: {name!r} is no field{_near(field, config[section])}.")
         like = type(config[section][field])

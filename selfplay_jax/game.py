@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -75,10 +76,13 @@ class Game:
         """Writes WORKDIR/hf/NAME: a model directory, or under LoRA with `lora.export=peft` the adapters alone."""
         path = self.workdir / "hf" / name
         if self.model.lora is not None and self.config.lora.export == "peft":
-            lora.save_peft(path, self.model, params, base=self.source)
+            local = pathlib.Path(self.source).expanduser()
+            lora.save_peft(path, self.model, params, base=str(local.resolve()) if local.is_dir() else self.source)
         else:
             model, params = lora.merge(self.model, params)
-            save_hf(path, model, params, source=self.source, dtype=self.config.export_dtype or None)
+            # With the template that it was trained with, so that whoever opens the directory asks in the same form.
+            dtype, template = self.config.export_dtype or None, self.template.jinja
+            save_hf(path, model, params, source=self.source, dtype=dtype, chat_template=template)
         return path
 
     def check_stop(self) -> None:
@@ -89,6 +93,13 @@ class Game:
 
 def claim(workdir: epath.Path, config: Any) -> None:
     """Records the config in a new workdir; in an old one, checks that it is the same run."""
+    try:
+        _claim(workdir, config)
+    except OSError as error:
+        raise UserError(f"the workdir {workdir} cannot be used: {error.strerror or error}.") from error
+
+
+def _claim(workdir: epath.Path, config: Any) -> None:
     path = workdir / "config.json"
     if path.exists():
         difference = configs.difference(metrics.read_json(path), config)
@@ -108,6 +119,12 @@ def check(config: Any) -> None:
     for t in range(max(config.rounds, 1)):
         check_fields(config.method, configs.of_round(config, t).loss)
     evaluation.parse(config.evaluation.run)
+    evaluation.Answers(config.evaluation.answer)
+    if config.export == "best" and not (config.data.validation_examples and config.evaluation.every):
+        raise UserError(
+            "config.export=best ranks checkpoints on validation examples: config.data.validation_examples and "
+            "config.evaluation.every must be at least 1."
+        )
     lora.of_config(config.lora)
 
 

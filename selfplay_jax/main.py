@@ -29,7 +29,10 @@ def read_flags(argv: Sequence[str]) -> tuple[Any, str]:
     """
     chosen = [arg for arg in argv if re.match(r"--?config=.", arg)]
     if len(chosen) != 1:
-        raise UserError("say which experiment to run, once: --config=configs/tpaw.py (or sft.py, spin.py, tspin.py).")
+        raise UserError(
+            "say which experiment to run, once and with an equals sign: --config=configs/tpaw.py[:preset] (or sft.py, "
+            "dpo.py, spin.py, tspin.py), then --workdir=DIR and --config.FIELD=VALUE as you like."
+        )
     _check_file(pathlib.Path(chosen[0].split("=", 1)[1].split(":", 1)[0]))
     defaults = _parse(chosen).config
     for arg in argv:
@@ -102,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every file it writes
     # ...and its writers that a full disk stopped each print a traceback at exit, after the sentence that says it all.
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
+    # Without a network the Hub's client warns of every attempt; the sentence at the end says it once.
+    standard_logging.getLogger("huggingface_hub.utils._http").setLevel(standard_logging.ERROR)
     try:
         config, workdir = read_flags(sys.argv[1:] if argv is None else argv)
         signals = Signals()

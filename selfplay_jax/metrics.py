@@ -269,5 +269,5 @@ def _told(path: epath.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         raise UserError(f"disk full while writing {path}: free some space and run the same command again") from error

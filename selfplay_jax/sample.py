@@ -8,6 +8,8 @@ Exit codes: 0 done, 1 a user's error (one sentence on stderr).
 
 import argparse
 import json
+import math
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +29,8 @@ def parser() -> argparse.ArgumentParser:
     add("--split", default="train", help="of a dataset (default train)")
     add("--column", default="", help="the column of prompts or messages, where its name is not a usual one")
     add("--limit", type=int, default=0, help="at most so many prompts, drawn by the seed")
-    add("--template", default="auto", help="as config.data.template (default auto)")
+    add("--template", help="as config.data.template (default: the run's own, or auto)")
+    add("--on_bad_record", default="raise", help="or skip: what to do with a prompt that cannot be read")
     add("--output", required=True, metavar="FILE", help="where the answers go, a JSON object per line")
     add("--samples", type=int, default=1, help="answers per prompt (default 1)")
     add("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
@@ -51,19 +54,22 @@ def run(options: argparse.Namespace) -> None:
     from selfplay_jax import metrics, partitioning
     from selfplay_jax.data.sources import load_prompts
     from selfplay_jax.data.templates import Template, check_vocabulary, load_tokenizer
-    from selfplay_jax.evaluation.load import load_model
+    from selfplay_jax.evaluation.load import load_model, read_directory
     from selfplay_jax.progress import progress, say
     from selfplay_jax.sampling import generate
 
+    _check(options)
     columns = {"prompt": options.column} if options.column else None
     prompts, _ = load_prompts(
-        options.prompts, split=options.split, columns=columns, limit=options.limit, seed=options.seed
-    )
+        options.prompts, split=options.split, columns=columns, limit=options.limit, seed=options.seed,
+        on_bad_record=options.on_bad_record,
+    )  # fmt: skip
     mesh = partitioning.make_mesh()
     model, params, source = load_model(options.model, player=options.player, dtype=options.dtype, mesh=mesh)
     tokenizer = load_tokenizer(source)
     check_vocabulary(tokenizer, model.config.vocab_size)
-    template = Template.from_tokenizer(tokenizer, options.template, stop_ids=model.config.stop_ids)
+    own = read_directory(options.model).get("data", {}).get("template", "auto")
+    template = Template.from_tokenizer(tokenizer, options.template or own, stop_ids=model.config.stop_ids)
     texts = [template.render_prompt(prompt.messages) for prompt in prompts]
     shardings = partitioning.tree_shardings(model.logical_axes(), params, mesh, partitioning.DECODE_RULES)
     with progress("sampling", total=len(prompts) * options.samples, unit="responses") as bar:
@@ -91,10 +97,21 @@ def run(options: argparse.Namespace) -> None:
         prompt, copy = divmod(i, options.samples)
         row: dict[str, Any] = {"id": prompts[prompt].id, "sample": copy, "prompt": texts[prompt]}
         row |= {"response": template.decode(tokens), "tokens": len(tokens), "finished": bool(samples.finished[i])}
-        rows.append(json.dumps(row | {"logp": float(samples.logps[i])}, ensure_ascii=False) + "\n")
+        logp = float(samples.logps[i])
+        row["logp"] = logp if math.isfinite(logp) else None
+        rows.append(json.dumps(row, ensure_ascii=False) + "\n")
     metrics.write_text(options.output, "".join(rows))
     finished = f"{100 * samples.finished.mean():.0f} % finished"
-    say(f"{len(rows)} answers to {len(prompts)} prompts, {finished}: {options.output}")
+    say(f"{len(rows)} answers to {len(prompts)} prompts, template '{template.kind}', {finished}: {options.output}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises a UserError for what would only show after the model was loaded, or after the sampling."""
+    for name, least in (("limit", 0), ("seed", 0), ("samples", 1), ("max_new_tokens", 1), ("slots", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
+    if not pathlib.Path(options.output).absolute().parent.is_dir():
+        raise UserError(f"--output {options.output}: there is no such directory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

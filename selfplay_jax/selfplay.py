@@ -183,8 +183,7 @@ def finish(game: Game, files: RoundFiles, clock: Clock, params: Params, *, index
         files.write("evaluation.json", result)
     with clock.time("save"):
         if index not in game.checkpoints.players():
-            score = result.get(f"validation_{config.evaluation.select}", result.get(config.evaluation.select))
-            game.save_player(index, params, score)
+            game.save_player(index, params, result.get(f"validation_{config.evaluation.select}"))
         if config.export == "every":
             game.export(params, f"theta_{index:03d}")
     summary |= {
@@ -207,10 +206,12 @@ def _log_evaluation(files: RoundFiles, index: int, result: dict[str, Any]) -> No
 
 def export(game: Game) -> None:
     """Writes the Hugging Face directories that the run leaves: the last policy, or the best one."""
+    if game.config.export == "every":  # of a run that was asked for less while it ran: what is still there
+        for index in game.checkpoints.players():
+            if not (game.workdir / "hf" / f"theta_{index:03d}").exists():
+                say(f"exported player {index} to {game.export(game.player(index), f'theta_{index:03d}')}")
     wanted = {"final": game.config.rounds, "best": game.checkpoints.best()}.get(game.config.export)
-    if wanted is None and game.config.export == "best":
-        say("nothing is exported: config.export=best needs evaluated checkpoints (config.evaluation.every)")
-    elif wanted is not None:
+    if wanted is not None:
         path = game.export(game.player(wanted), game.config.export)
         say(f"exported player {wanted} to {path}")
 

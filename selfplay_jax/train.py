@@ -167,13 +167,14 @@ def _step(
     updates = jax.tree.map(lambda u: (learning_rate * u).astype(u.dtype), updates)
     moved = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    update_norm = optax.tree.norm(updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
     # A bad step changes nothing, so that the state to be saved is the last good one.
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
     norms = {
         "loss": loss,
         "grad_norm": grad_norm,
-        "update_norm": optax.tree.norm(updates),
+        "update_norm": update_norm,
         "finite": finite,
     }
     return kept, {**metrics, **norms}
@@ -282,8 +283,8 @@ def train(
                     checkpoints.save_state(base + number, state, position)
                 raise UserError(
                     f"the loss is not finite at step {number + 1} of {name} (loss {row['loss']}, gradient norm "
-                    f"{row['grad_norm']}); the state before that step is saved. Lower the learning rate, "
-                    "in a new --workdir."
+                    f"{row['grad_norm']}, update norm {row['update_norm']}); the state before that step is saved. "
+                    "Lower the learning rate, in a new --workdir."
                 )
             writer.write({"kind": "train", "round": round_index, "step": number + 1, "epoch": steps[number][0], **row})
             bar.update_text(f"loss {row['loss']:.4f}")

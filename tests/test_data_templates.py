@@ -358,3 +358,25 @@ def test_real_sentencepiece_tokenizer(shared: pathlib.Path) -> None:
         assert ids.count(tokenizer.eos_token_id) == 1
         text = tokenizer.decode(prompt[1:] + ids[:-1], clean_up_tokenization_spaces=False)
         assert text == "Once upon a time, there was" + answer
+
+
+def test_a_directory_without_tokenizer_json_is_refused(tmp_path):
+    """transformers would make up an empty tokenizer."""
+    qwen().save_pretrained(tmp_path)
+    assert len(load_tokenizer(tmp_path)) > 100
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json; .*save_pretrained"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["plain", "alpaca", "chatml", "zephyr"])
+@pytest.mark.parametrize("make", [qwen, llama3], ids=["qwen", "llama3"])
+def test_an_exported_template_spells_the_same_ids(kind, make):
+    ours = Template.from_tokenizer(make(), kind)
+    theirs = make()
+    theirs.chat_template = ours.jinja
+    again = Template.from_tokenizer(theirs, "chat")
+    messages = [user("Hello two worlds"), assistant("fine"), user("how are you?")]
+    assert again.encode_prompt(messages) == ours.encode_prompt(messages)
+    assert again.encode_response("345 or #12") == ours.encode_response("345 or #12")
+    assert again.jinja is None

@@ -325,7 +325,7 @@ def test_command_line_prints_the_table_and_writes_the_results(local_tasks, tmp_p
     ("arguments", "message"),
     [
         (["--tasks", "toy_choise"], "no task or group 'toy_choise'; did you mean toy_choice"),
-        (["--tasks", ","], "names no task"),
+        (["--tasks", ","], "no task is named"),
         (["--tasks", "toy,toy_text"], "names toy_text twice, by toy and toy_text"),
         (["--tasks", "toy_text", "--model", "./nowhere"], "no directory nowhere"),
         (["--tasks", "toy_text", "--player", "best"], "no run's workdir"),
@@ -353,7 +353,7 @@ def test_missing_data_is_one_sentence(local_tasks, tmp_path, capsys):
     )
     assert command("--tasks", "gone", "--include_path", tmp_path) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: task gone: its data or definition cannot be loaded: ")
+    assert error.startswith("error: task gone: its data or definition cannot be loaded (is the network there")
 
 
 def test_without_lm_eval_the_command_says_how_to_install_it(monkeypatch, capsys):

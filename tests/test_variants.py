@@ -143,3 +143,61 @@ def test_dpo_says_what_data_it_needs(root, shared, tmp_path, capsys):
     flags += ["--config.data.max_prompt_tokens=1000", "--config.data.max_response_tokens=1000", "--config.data.cache="]
     assert run(root, f"--workdir={tmp_path / 'run'}", *flags) == 1
     assert "compares with dispreferred answers, and" in capsys.readouterr().err
+
+
+def test_an_export_asks_as_the_run_did(workdir, root, tmp_path, capsys):
+    """A run with a named template leaves it in the export, and `sample` uses it for both."""
+    run_dir = tmp_path / "run"
+    flags = ["--config.data.template=alpaca", "--config.rounds=0", "--config.data.max_prompt_tokens=64"]
+    assert run(root, f"--workdir={run_dir}", *flags, "--config.evaluation.run=", "--config.export=none") == 0
+    # Asked for afterwards: exports of what is still there.
+    assert run(root, f"--workdir={run_dir}", *flags, "--config.evaluation.run=", "--config.export=every") == 0
+    (tmp_path / "p.jsonl").write_text('{"prompt": "31+24-17="}\n')
+    rows = []
+    for model in (run_dir, run_dir / "hf" / "theta_000"):
+        output = tmp_path / "out.jsonl"
+        more = ["--max_new_tokens=4", "--temperature=0", f"--output={output}"]
+        assert sample.main([f"--model={model}", f"--prompts={tmp_path / 'p.jsonl'}", *more]) == 0
+        rows.append(json.loads(output.read_text()))
+    assert rows[0] == rows[1]
+    assert rows[0]["prompt"] == "### Instruction: 31+24-17=\n\n### Response:"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--config.train.learning_rate=nan"], "config.train.learning_rate=nan must be a finite number"),
+        (["--config.evaluation.answer=("], "is no regular expression"),
+        (["--config.export=best", "--config.data.validation_examples=0"], "ranks checkpoints on validation examples"),
+        (["--config.by_round=loss.beta=1;loss.beta=2"], "names loss.beta twice"),
+    ],
+)
+def test_what_would_show_late_is_said_at_once(root, tmp_path, capsys, flags, says):
+    assert run(root, f"--workdir={tmp_path / 'run'}", *flags) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and says in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_cannot_be_is_one_sentence(root, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run(root, f"--workdir={path}") == 1
+        err = capsys.readouterr().err
+        assert err.startswith("error: the workdir ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--output=/no/such/folder/x.jsonl", "--seed=-1", "--limit=-1", "--slots=0"])
+def test_sampling_checks_before_it_starts(workdir, tmp_path, capsys, flag):
+    base = [f"--model={workdir}", "--prompts=unread.jsonl", f"--output={tmp_path / 'out.jsonl'}"]
+    assert sample.main([*base, flag]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {flag.split('=')[0]} ") and err.count("\n") == 1
+
+
+def test_adapters_alone_are_no_model(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    flags = [f"--prompts={tmp_path / 'p.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
+    assert sample.main([f"--model={tmp_path}", *flags]) == 1
+    assert "holds adapters alone: give the run's workdir" in capsys.readouterr().err

@@ -72,6 +72,12 @@ def load_tokenizer(path: str | Path) -> Any:
     local = os.path.isdir(text)
     if not local and (isinstance(path, Path) or text.startswith((".", "/")) or text.count("/") > 1):
         raise UserError(f"cannot load a tokenizer from {text}: there is no such directory")
+    if local and not os.path.isfile(os.path.join(text, "tokenizer.json")):
+        # transformers would make up an empty one.
+        raise UserError(
+            f"cannot load a tokenizer from {text}: it holds no tokenizer.json; where transformers reads the tokenizer "
+            "that is there, save it once with AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
     from transformers import AutoTokenizer
 
     try:
@@ -164,6 +170,13 @@ class Template:
             _lead="" if lead.strip() else lead,
             _gap=gap,
         )
+
+    @property
+    def jinja(self) -> str | None:
+        """The template as a model directory's chat_template.jinja; None where it is the tokenizer's own."""
+        if self.kind == "chat":
+            return None
+        return ("{{- bos_token -}}" if self._add_bos else "") + self._jinja
 
     def render_prompt(self, messages: Sequence[dict[str, str]], answer: str = "") -> str:
         """The prompt as text, up to where the answer begins.

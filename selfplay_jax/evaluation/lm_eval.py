@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--log_samples needs --output, the file that the samples go to")
     if options.fewshot_as_multiturn and not options.apply_chat_template:
         raise UserError("--fewshot_as_multiturn needs --apply_chat_template")
+    if options.output and not os.path.isdir(os.path.dirname(os.path.abspath(options.output))):
+        raise UserError(f"--output {options.output}: there is no such directory")
     if options.include_path and not os.path.isdir(options.include_path):
         raise UserError(f"--include_path {options.include_path} is no directory")
     if options.batch_size < 1 or (options.limit is not None and options.limit <= 0):
@@ -146,7 +148,10 @@ def report(results: dict[str, Any], output: str | None) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Leaves warnings and errors of lm-eval, datasets and the Hub's client; the progress lines are ours."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "httpx", "huggingface_hub")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("lm_eval", "datasets", "httpx", "huggingface_hub", "huggingface_hub.utils._http")
+    ]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

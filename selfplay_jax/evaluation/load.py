@@ -60,6 +60,8 @@ def read_directory(path: str | pathlib.Path) -> dict[str, Any]:
     file = directory / "config.json"
     if file.is_file():
         return metrics.read_json(file)
+    if (directory / lora.ADAPTER_CONFIG).is_file():
+        raise UserError(f"{directory} holds adapters alone: give the run's workdir, or export with lora.export=merged")
     if directory.is_dir():
         raise UserError(f"{directory} holds no config.json: it is neither a model's directory nor a run's workdir")
     if directory.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:

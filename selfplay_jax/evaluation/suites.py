@@ -42,7 +42,7 @@ def expand(names: str) -> list[Entry]:
         for entry in SUITES.get(name, (Entry(name),)):
             entries.setdefault(entry.task, entry)
     if not entries:
-        raise UserError("--tasks names no task; give names separated by commas, e.g. --tasks leaderboard,gsm8k")
+        raise UserError("no task is named; give names separated by commas, e.g. leaderboard,gsm8k")
     return list(entries.values())
 
 
@@ -68,7 +68,10 @@ def load(entries: Sequence[Entry], manager: Any) -> list[Any]:
             found = manager.load([entry.task])
         except Exception as error:  # the Hub's, datasets', YAML's and the task's own exceptions
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"task {entry.task}: its data or definition cannot be loaded: {reason:.300}") from error
+            raise UserError(
+                f"task {entry.task}: its data or definition cannot be loaded (is the network there, or its data in the "
+                f"Hub's cache?): {reason:.300}"
+            ) from error
         for name, task in found["tasks"].items():
             if owners.setdefault(name, entry.task) != entry.task:
                 raise UserError(f"--tasks names {name} twice, by {owners[name]} and {entry.task}: leave one out")

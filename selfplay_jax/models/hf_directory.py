@@ -11,7 +11,7 @@ from selfplay_jax.models.config import ModelConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
-MORE_TEMPLATES = "additional_chat_templates"
+CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 # What transformers' tokenizers read and write, vocabularies of its older classes and Mistral's own format included.
 _TOKENIZER_FILES = (

@@ -19,6 +19,7 @@ from selfplay_jax.errors import UserError
 from selfplay_jax.models import hf_config
 from selfplay_jax.models.decoder import Model, Params
 from selfplay_jax.models.hf_directory import (
+    CHAT_TEMPLATE,
     CONFIG,
     GENERATION,
     INDEX,
@@ -42,6 +43,7 @@ def save_hf(
     source: str | pathlib.Path | None = None,
     max_shard_bytes: float = 5e9,
     dtype: str | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Writes a model directory that transformers, vLLM and lm-evaluation-harness open.
 
@@ -54,6 +56,7 @@ def save_hf(
         source: a model directory whose tokenizer and chat template files are copied byte for byte and, if it is of
             the same family, whose config.json and generation_config.json lend their other fields.
         max_shard_bytes: weights larger than this are split over several files with an index.
+        chat_template: Jinja text to write as chat_template.jinja in place of the source's.
         dtype: the type of the stored tensors, "float32", "bfloat16" or "float16"; None keeps the parameters'.
 
     Raises:
@@ -72,6 +75,8 @@ def save_hf(
         _write_configs(partial, model, origin, dtype)
         if origin is not None:
             _copy_tokenizer(origin, partial)
+        if chat_template is not None:
+            (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         _write_weights(partial, model, params, max_shard_bytes, dtype)
         _replace(path, partial)
     except OSError as error:
