@@ -66,7 +66,7 @@ def test_a_round_compares_chosen_with_rejected_and_moves_adapters_alone(workdir)
     assert players.players() == [0, 1, 2]
     players.close()
     sizes = [sum(f.stat().st_size for f in (workdir / "checkpoints/players" / str(i)).rglob("*")) for i in range(3)]
-    assert max(sizes) < 150_000  # the model has 400,000 bytes
+    assert max(sizes) < 250_000  # the model has 400,000 bytes
     tensors = [safetensors.numpy.load_file(workdir / f"hf/theta_{i:03d}/model.safetensors") for i in range(3)]
     name = "model.layers.0.self_attn.q_proj.weight"
     assert all(np.abs(tensors[i][name] - tensors[i + 1][name]).max() > 1e-4 for i in range(2))
