@@ -60,7 +60,7 @@ class Settings:
     checkpoint_every: int
 
     def learning_rates(self, steps: int) -> np.ndarray:
-        """The learning rate of every step of a round, float64 [steps]; linear and cosine end at 0."""
+        """The learning rate of every step of a round, float64 [steps]; linear and cosine would be 0 one step later."""
         warmup = round(self.warmup * steps)
         peak, rest = self.learning_rate, max(steps - warmup, 1)
         decay = {
