@@ -7,7 +7,7 @@ from typing import Any
 
 from selfplay_jax.data.tokens import Record
 from selfplay_jax.errors import UserError
-from selfplay_jax.evaluation import gsm8k as gsm8k
+from selfplay_jax.evaluation import gsm8k
 from selfplay_jax.evaluation.subject import Result, Subject
 from selfplay_jax.evaluation.texts import generate_texts
 from selfplay_jax.models import lora

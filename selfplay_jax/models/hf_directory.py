@@ -1,9 +1,14 @@
 """A Hugging Face model directory: where it is, its JSON files, and which of its files belong to the tokenizer."""
 
+import contextlib
 import fnmatch
 import json
 import pathlib
+import shutil
+from collections.abc import Iterator
 from typing import Any
+
+import safetensors
 
 from selfplay_jax.errors import UserError
 from selfplay_jax.models import hf_config
@@ -86,3 +91,32 @@ def tokenizer_files(directory: pathlib.Path) -> list[pathlib.PurePath]:
     top = [file for file in directory.iterdir() if file.is_file() and is_tokenizer_file(file.name)]
     more = [file for file in directory.glob(f"{MORE_TEMPLATES}/*.jinja") if file.is_file()]
     return sorted(file.relative_to(directory) for file in top + more)
+
+
+@contextlib.contextmanager
+def rebuilt(path: pathlib.Path, what: str) -> Iterator[pathlib.Path]:
+    """An empty directory beside `path` to write into, which then takes its place: there whole or not at all.
+
+    Raises:
+        UserError: `what` could not be written; an earlier directory of that name stays.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        _replace(path, partial)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{path}: {what} could not be written: {error}") from error
+
+
+def _replace(path: pathlib.Path, partial: pathlib.Path) -> None:
+    if not path.exists():
+        partial.rename(path)
+        return
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old)

@@ -28,6 +28,7 @@ from selfplay_jax.models.hf_directory import (
     is_tokenizer_file,
     local_directory,
     optional_json,
+    rebuilt,
     tokenizer_files,
 )
 from selfplay_jax.models.hf_tensors import Tensor, in_file_order, tensors
@@ -68,20 +69,13 @@ def save_hf(
         raise UserError(f"dtype: exported tensors can be {', '.join(_DTYPES)}, not {dtype!r}")
     origin = None if source is None else local_directory(source)
     _refuse_foreign(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with rebuilt(path, "the model") as partial:
         _write_configs(partial, model, origin, dtype)
         if origin is not None:
             _copy_tokenizer(origin, partial)
         if chat_template is not None:
             (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         _write_weights(partial, model, params, max_shard_bytes, dtype)
-        _replace(path, partial)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{path}: the model could not be written: {error}") from error
 
 
 def _write_configs(directory: pathlib.Path, model: Model, origin: pathlib.Path | None, dtype: str) -> None:
@@ -178,14 +172,3 @@ def _refuse_foreign(path: pathlib.Path) -> None:
         ]
         if foreign:
             raise UserError(f"{path}: holds {min(foreign)}, which is no part of an exported model; choose another name")
-
-
-def _replace(path: pathlib.Path, partial: pathlib.Path) -> None:
-    if not path.exists():
-        partial.rename(path)
-        return
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old)

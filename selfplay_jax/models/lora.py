@@ -3,18 +3,17 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from selfplay_jax.errors import UserError
 from selfplay_jax.models.config import PROJECTIONS, Lora
+from selfplay_jax.models.hf_directory import rebuilt
 from selfplay_jax.models.hf_tensors import tensors
 
 if TYPE_CHECKING:
@@ -133,17 +132,9 @@ def save_peft(path: str | pathlib.Path, model: "Model", params: Tree, *, base: s
             arrays[f"{_PREFIX}{place}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, rank).T)
             arrays[f"{_PREFIX}{place}.lora_B.weight"] = np.ascontiguousarray(b[layer].reshape(rank, -1).T)
     path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with rebuilt(path, "the adapters") as partial:
         (partial / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         safetensors.numpy.save_file(arrays, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{path}: the adapters could not be written: {error}") from error
 
 
 def _modules(model: "Model") -> dict[str, list[str]]:
