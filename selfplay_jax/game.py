@@ -130,10 +130,11 @@ def check(config: Any) -> None:
 
 def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) -> Game:
     """Reads tokenizer, data and the model's configuration; of its weights only what is never trained."""
-    mesh = partitioning.make_mesh(config.mesh.fsdp, config.mesh.tensor)
+    mesh = partitioning.make_mesh(config.mesh.fsdp, config.mesh.tensor, replica=config.mesh.replica)
     path = str(builtin.BASE) if config.model.path == "builtin" else config.model.path
     fields = {name: value for name, value in config.model.items() if name != "path"}
     model = Model(read_config(path), **fields, lora=lora.of_config(config.lora))
+    check_layout(model, mesh)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, model.config.vocab_size)
     template = Template.from_tokenizer(tokenizer, config.data.template, stop_ids=model.config.stop_ids)
@@ -151,6 +152,25 @@ def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) ->
         base = load_hf(path, param_dtype=model.param_dtype, shardings=shardings)[1]
     checkpoints = Checkpoints(workdir / "checkpoints", window=config.window)
     return Game(config, workdir, model, path, base, template, task, mesh, checkpoints, ScoreTable(workdir), should_stop)
+
+
+_MAY_STAY_WHOLE = ("vocab", "kv_heads")
+
+
+def check_layout(model: Model, mesh: Mesh) -> None:
+    """Checks that the mesh divides the model; of its vocabulary and key/value heads it says that they stay whole.
+
+    Raises:
+      UserError: the mesh does not divide the hidden size, the heads or the MLP.
+    """
+    for name, (size, axis, pieces) in partitioning.undivided(
+        model.logical_axes(), model.abstract_params(), mesh
+    ).items():
+        said = f"mesh.{axis}={pieces} does not divide the model's {name.replace('_', ' ')} ({size})"
+        if name not in _MAY_STAY_WHOLE:
+            good = ", ".join(str(n) for n in range(1, mesh.size + 1) if size % n == 0)
+            raise UserError(f"config.{said}: take one of {good}.")
+        say(f"note: {said}; these parameters stay whole on every device of that axis")
 
 
 def _load_task(config: Any, workdir: epath.Path, template: Template) -> tasks.Task:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from selfplay_jax import metrics as metrics_files
 from selfplay_jax import partitioning
@@ -207,7 +207,7 @@ def programs(model: Model, objective: Objective, settings: Settings, mesh: Mesh)
     abstract = jax.eval_shape(init, model.split(every)[0])
     param_shardings, frozen = model.split(partitioning.tree_shardings(model.logical_axes(), every, mesh))
     shardings = _state_shardings(abstract, param_shardings, optimizer, mesh)
-    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    rows = partitioning.rows(mesh)
     whole = partitioning.replicated(mesh)
     step = functools.partial(_step, model, objective, optimizer, settings.accumulate)
     return Programs(
@@ -248,7 +248,7 @@ def train(
     steps = schedule(len(table.prompts), settings.batch_size, settings.epochs, seed=seed, round_index=round_index)
     rates = settings.learning_rates(len(steps))
     parts = programs(model, objective, settings, mesh)
-    shards = mesh.shape["fsdp"] * settings.accumulate
+    shards = partitioning.data_shards(mesh) * settings.accumulate
     size = -(-settings.batch_size // shards) * shards
     base = (round_index + 1) * STRIDE
 

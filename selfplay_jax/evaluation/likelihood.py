@@ -47,7 +47,7 @@ class _Row(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _program(model: Model, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    rows = partitioning.NamedSharding(mesh, partitioning.PartitionSpec("fsdp"))
+    rows = partitioning.rows(mesh)
     params = partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh)
     return jax.jit(functools.partial(greedy_logps, model), in_shardings=(params, rows), out_shardings=rows)
 
@@ -82,7 +82,7 @@ def likelihoods(
     result = Likelihoods(np.zeros(len(pairs), np.float32), np.zeros(len(pairs), bool))
     program = _program(model, mesh)
     rows = _rows(asked)
-    plan = _Plan(batch_size, mesh.shape["fsdp"], few=len(rows) <= _FEW * batch_size)
+    plan = _Plan(batch_size, partitioning.data_shards(mesh), few=len(rows) <= _FEW * batch_size)
     for batch in plan.batches(rows):
         count, prompt_width, columns, width = plan.sizes(batch)
         padded = [batch[i % len(batch)] for i in range(count)]

@@ -167,7 +167,7 @@ def generate(
 
     ids = np.arange(len(prompts)) if prompt_ids is None else np.asarray(prompt_ids)
     stops = tuple(model.config.stop_ids if stop_ids is None else stop_ids)
-    shards = 1 if mesh is None else mesh.shape["fsdp"]
+    shards = 1 if mesh is None else partitioning.data_shards(mesh)
     slots = _round_up(min(slots, total), shards)
     width = _round_up(max(1, slots // 4), shards)  # prompts that enter together
     columns = bucket(max_prompt_tokens or longest) + max_new_tokens
