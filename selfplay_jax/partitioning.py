@@ -85,6 +85,11 @@ def _arrange(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(within, [slices, 1, 1], devices, allow_split_physical_axes=True)
 
 
+def platform(mesh: Mesh) -> str:
+    """What the mesh's devices are: "tpu", "gpu" or "cpu". The process may be another thing, when it only compiles."""
+    return mesh.devices.flat[0].platform
+
+
 def data_shards(mesh: Mesh) -> int:
     """How many parts a batch is cut into: its size must be a multiple."""
     return _cut("batch", mesh, RULES)[1]

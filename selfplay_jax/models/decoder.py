@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from selfplay_jax import partitioning
-from selfplay_jax.models import attention, lora
+from selfplay_jax.models import attention, lora, splash
 from selfplay_jax.models.config import Lora, ModelConfig
 
 Params = dict[str, Any]
@@ -169,9 +169,17 @@ class Decoder(nnx.Module):
     """Embedding, stacked layers, final norm and output projection."""
 
     def __init__(
-        self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype: Any, dtype: Any, remat: str, adapters: Lora | None
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any,
+        dtype: Any,
+        remat: str,
+        adapters: Lora | None,
+        attention: str,
     ):
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.dtype, self.remat, self.attention = config, dtype, remat, attention
         self.embed = Embedding(config, rngs=rngs, param_dtype=param_dtype)
         self.layers = Block(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype, adapters=adapters)
         self.final_norm = RMSNorm((), config.hidden_size, config.rms_norm_eps, rngs=rngs, param_dtype=param_dtype)
@@ -203,7 +211,10 @@ class Decoder(nnx.Module):
         if self.remat == "full":
             step = jax.checkpoint(step, prevent_cse=False)
         elif self.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policies = jax.checkpoint_policies
+            policy = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(splash.SAVED)
+            )
             step = jax.checkpoint(step, prevent_cse=False, policy=policy)
         return jax.lax.scan(step, carry, (stacked, xs, self._windows()))
 
@@ -228,6 +239,7 @@ def causal_rows(
 
     With `keep_cache` also the keys and values of all T columns, for decoding to go on from.
     """
+    fast = splash.layout(decoder.attention, decoder.config, tokens.shape[1])
     column = jnp.arange(tokens.shape[1])
     distance = column[:, None] - column[None, :]
     mask = (distance >= 0)[None] & (column[None, None, :] < lengths[:, None, None])
@@ -235,8 +247,11 @@ def causal_rows(
 
     def layer(block: Block, x: jax.Array, inputs: Any) -> tuple[jax.Array, KVCache | None]:
         query, key, value = block.project(x, positions)
-        visible = _near(mask, distance[None], inputs[1])
-        x = block.finish(x, attention.attend_rows(query, key, value, visible))
+        if fast is not None:  # padding stands right of what is real, so that being causal hides it
+            attended = splash.attend(query, key, value, None, fast)
+        else:
+            attended = attention.attend_rows(query, key, value, _near(mask, distance[None], inputs[1]))
+        x = block.finish(x, attended)
         kept = KVCache(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)) if keep_cache else None
         return x, kept
 
@@ -256,6 +271,9 @@ def group_hidden(decoder: Decoder, prompt: jax.Array, prompt_lengths: jax.Array,
     last = jnp.take_along_axis(prompt, context[:, None], axis=1)
     first = jnp.broadcast_to(last[:, :, None], (*responses.shape[:2], 1))
     inputs = jnp.concatenate([first, responses[:, :, :-1]], axis=-1)
+    fast = splash.layout(decoder.attention, decoder.config, columns, *responses.shape[1:])
+    if fast is not None:
+        return splash.group_hidden(decoder, prompt, context, inputs, fast)
 
     prompt_column, own = jnp.arange(columns), jnp.arange(length)
     prompt_distance = prompt_column[:, None] - prompt_column[None, :]
@@ -330,6 +348,7 @@ class Model:
     remat: "none", "dots" (keep matrix products) or "full" (keep only each layer's input).
     logits_chunk: response positions whose logits exist at one time (see `logprobs`).
     lora: low-rank adapters on the projections, which then are all that is trained; None trains every parameter.
+    attention: "plain", "splash" (the TPU's kernel, where it serves) or "splash_interpret" (the same anywhere, slowly).
     """
 
     config: ModelConfig
@@ -338,8 +357,11 @@ class Model:
     remat: str = "none"
     logits_chunk: int = 32
     lora: Lora | None = None
+    attention: str = "plain"
 
     def __post_init__(self) -> None:
+        if self.attention not in splash.KINDS:
+            raise ValueError(f"attention must be one of {', '.join(splash.KINDS)}, not {self.attention!r}")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, not {self.remat!r}")
 
@@ -351,6 +373,7 @@ class Model:
             dtype=jnp.dtype(self.compute_dtype),
             remat=self.remat,
             adapters=self.lora,
+            attention=self.attention,
         )
 
     @functools.cached_property

@@ -1,0 +1,349 @@
+"""Splash attention, interpreted on CPU: the same log-probabilities and gradients as plain attention."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import PLAIN, loud_params, param_shardings, random_rows, reference_logits, reference_token_logps
+
+from selfplay_jax import config as configs
+from selfplay_jax import partitioning
+from selfplay_jax.errors import UserError
+from selfplay_jax.groups import Group, pack
+from selfplay_jax.logprobs import response_logps, token_logps
+from selfplay_jax.models import splash
+from selfplay_jax.models.config import ModelConfig
+from selfplay_jax.models.decoder import Model, causal_rows
+from selfplay_jax.models.splash_mask import GroupMask
+
+CONFIGS = {
+    "grouped": PLAIN,
+    "one each": dataclasses.replace(PLAIN, num_kv_heads=4),
+    "windowed": dataclasses.replace(PLAIN, family="qwen2", qkv_bias=True, tie_embeddings=True, sliding_window=37),
+    "six on three": dataclasses.replace(PLAIN, num_heads=6, num_kv_heads=3),
+}
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of 128: some of a group's are skipped, some cut through a prompt's or a response's end."""
+    monkeypatch.setattr(splash, "_LARGEST_BLOCK", 128)
+
+
+@functools.cache
+def case(name):
+    """Four prompts with three responses each: a one-token prompt, a full one, empty and full responses."""
+    rng = np.random.default_rng(1)
+    prompts = random_rows(rng, [1, 96, 150, 67])
+    responses = [random_rows(rng, row) for row in [[64, 3, 0], [40, 64, 17], [0, 0, 1], [64, 64, 64]]]
+    model = Model(CONFIGS[name], logits_chunk=64)
+    return model, loud_params(model, 0), prompts, responses
+
+
+def group_of(name):
+    return pack(*case(name)[2:])
+
+
+def interpreted(model):
+    return dataclasses.replace(model, attention="splash_interpret")
+
+
+def value_and_grad(model, **options):
+    """A program for the tokens' log-probs, and the gradient of their sum with weights of either sign."""
+
+    def loss(params, group):
+        logps = token_logps(model, params, group)
+        weights = jnp.cos(jnp.arange(logps.size, dtype=jnp.float32)).reshape(logps.shape)
+        return jnp.sum(weights * logps), logps
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK, **options)
+
+
+@functools.cache
+def plain_grads(name):
+    model, params, *_ = case(name)
+    (_, logps), grads = value_and_grad(model)(params, group_of(name))
+    return np.asarray(logps), jax.tree.map(np.asarray, grads)
+
+
+@functools.cache
+def expected(name):
+    """The NumPy float64 reference: [B, K, R], 0 at padding."""
+    model, params, prompts, responses = case(name)
+    found = np.zeros((4, 3, 64))
+    for b, row in enumerate(responses):
+        for k, response in enumerate(row):
+            found[b, k, : len(response)] = reference_token_logps(model.config, params, prompts[b], response)
+    return found
+
+
+def assert_trees_close(left, right, relative):
+    """Every leaf to within `relative` of its largest entry."""
+    for (path, a), b in zip(jax.tree.leaves_with_path(left), jax.tree.leaves(right), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        worst = np.abs(a - b).max() / np.abs(b).max()
+        assert worst <= relative, f"{jax.tree_util.keystr(path)}: {worst}"
+
+
+# --- the mask
+
+
+@pytest.mark.parametrize(("prompt", "count", "response"), [(5, 3, 4), (6, 1, 7), (1, 4, 1), (9, 0, 0)])
+@pytest.mark.parametrize("window", [None, 1, 3, 8])
+def test_mask_against_its_definition(prompt, count, response, window):
+    """Beside the kernel's arithmetic: each response alone after the prompt, seen causally through the window."""
+    length = prompt + count * response + 2
+    mask = GroupMask(prompt if count else length, response, window, length)
+    wanted = np.zeros((length, length), bool)
+    time, branch = np.arange(length), np.full(length, -1)
+    if count:
+        branch[prompt:], time[prompt:] = np.divmod(np.arange(length - prompt), response)
+        time[prompt:] += prompt
+    for q in range(length):
+        for k in range(length):
+            same_text = branch[k] in (-1, branch[q])
+            wanted[q, k] = same_text and 0 <= time[q] - time[k] < (window or length)
+    np.testing.assert_array_equal(mask[slice(0, length), slice(0, length)], wanted)
+    np.testing.assert_array_equal(mask[slice(2, 7), slice(1, 4)], wanted[2:7, 1:4])
+    assert mask.q_sequence.dtype == np.int32 and mask.shape == (length, length)
+
+
+@pytest.mark.parametrize(
+    ("length", "block", "padded"), [(128, 128, 128), (130, 256, 256), (640, 384, 768), (2560, 512, 2560)]
+)
+def test_blocks(length, block, padded, monkeypatch):
+    monkeypatch.undo()  # the real largest block
+    assert splash.block_size(length) == block and -(-length // block) * block == padded
+
+
+# --- where it serves
+
+
+def test_what_plain_attention_keeps():
+    mixed = dataclasses.replace(PLAIN, sliding_window=5, sliding_window_from_layer=1)
+    unused = dataclasses.replace(PLAIN, sliding_window=5, sliding_window_from_layer=2)
+    windowed = dataclasses.replace(PLAIN, sliding_window=5)
+    assert splash.layout("splash", PLAIN, 64, 2, 32) == splash.Layout(64, 2, 32)
+    assert splash.layout("splash", windowed, 128) == splash.Layout(128, window=5)
+    assert splash.layout("splash", unused, 128) == splash.Layout(128)
+    assert splash.layout("splash_interpret", PLAIN, 128) == splash.Layout(128, interpret=True)
+    for kind, config, *shape in [
+        ("plain", PLAIN, 128),
+        ("splash", PLAIN, 64, 1, 32),
+        ("splash", mixed, 128),
+        ("splash", PLAIN, 1 << 20),
+        ("splash", PLAIN, 128, 1 << 11, 8),
+    ]:
+        assert splash.layout(kind, config, *shape) is None
+
+
+def test_choices():
+    assert [splash.resolve(choice, "tpu") for choice in ("auto", "plain", "splash")] == ["splash", "plain", "splash"]
+    assert [splash.resolve(choice, "cpu") for choice in ("auto", "plain", "splash")] == [
+        "plain", "plain", "splash_interpret",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="attention must be one of plain, splash, splash_interpret, not 'flash'"):
+        Model(PLAIN, attention="flash")
+    config = configs.base()
+    config.model.attention = "spash"
+    with pytest.raises(UserError, match=r"config.model.attention='spash' is not one of .*did you mean splash"):
+        configs.check(config)
+
+
+# --- log-probabilities and gradients
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_plain_attention(name):
+    model, params, *_ = case(name)
+    (_, logps), grads = value_and_grad(interpreted(model))(params, group_of(name))
+    np.testing.assert_allclose(logps, expected(name), rtol=0, atol=5e-4)
+    np.testing.assert_allclose(logps, plain_grads(name)[0], rtol=0, atol=1e-5)
+    assert_trees_close(grads, plain_grads(name)[1], 1e-5)
+
+
+def test_other_blocks_and_paddings(monkeypatch):
+    model, params, *_ = case("grouped")
+    monkeypatch.setattr(splash, "_LARGEST_BLOCK", 512)
+    group = pack(*case("grouped")[2:], prompt_width=170, response_width=70)
+    logps = jax.jit(functools.partial(token_logps, interpreted(model)), compiler_options=QUICK)(params, group)
+    np.testing.assert_allclose(logps[..., :64], plain_grads("grouped")[0], rtol=0, atol=1e-5)
+
+
+def without_segments(real, *arguments):
+    return real(*arguments[:3], None, arguments[4])
+
+
+def without_window(real, *arguments):
+    return real(*arguments[:4], dataclasses.replace(arguments[4], window=None))
+
+
+def wider_window(real, *arguments):
+    return real(*arguments[:4], dataclasses.replace(arguments[4], window=38))
+
+
+def shorter_responses(real, *arguments):
+    return real(*arguments[:4], dataclasses.replace(arguments[4], count=6, response=32))
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("grouped", without_segments),
+        ("grouped", shorter_responses),
+        ("windowed", without_window),
+        ("windowed", wider_window),
+    ],
+)
+def test_comparison_sees_deliberate_breaks(name, broken, monkeypatch):
+    model, params, *_ = case(name)
+    monkeypatch.setattr(splash, "attend", functools.partial(broken, splash.attend))
+    logps = jax.jit(functools.partial(token_logps, interpreted(model)), compiler_options=QUICK)(params, group_of(name))
+    assert np.isfinite(logps).all()
+    assert np.abs(logps - expected(name)).max() >= 2e-2
+
+
+@pytest.mark.parametrize("name", ["grouped", "windowed"])
+def test_rows(name):
+    """Logits of right-padded rows, and the keys and values that decoding goes on from."""
+    model, params, *_ = case(name)
+    rng = np.random.default_rng(2)
+    lengths = np.array([200, 1, 129], np.int32)
+    rows = random_rows(rng, lengths.tolist())
+    tokens = np.array([row + [0] * (200 - len(row)) for row in rows], np.int32)
+
+    def run(model):
+        def program(params):
+            return model.logits(params, tokens, lengths), causal_rows(model.bind(params), tokens, lengths,
+                                                                      keep_cache=True)[1]  # fmt: skip
+
+        return jax.jit(program, compiler_options=QUICK)(params)
+
+    (logits, cache), (_, plain_cache) = run(interpreted(model)), run(model)
+    for row, length, found in zip(rows, lengths, logits, strict=True):
+        np.testing.assert_allclose(found[:length], reference_logits(model.config, params, row), rtol=0, atol=1e-4)
+    for found, wanted in zip(cache, plain_cache, strict=True):
+        for b, length in enumerate(lengths):
+            np.testing.assert_allclose(found[:, b, :, :length], wanted[:, b, :, :length], rtol=0, atol=2e-5)
+
+
+# --- rematerialisation and memory
+
+
+def kernels_in(remat):
+    """How often each of the kernels stands in the gradient's program."""
+    model, params, *_ = case("grouped")
+    text = str(jax.make_jaxpr(value_and_grad(dataclasses.replace(interpreted(model), remat=remat)))(
+        params, group_of("grouped")
+    ))  # fmt: skip
+    return {kernel: text.count(f"name=splash_mha_{kernel}_") for kernel in ("fwd", "dq", "dkv")}
+
+
+def test_dots_keeps_what_the_kernel_computed():
+    assert kernels_in("none") == kernels_in("dots") == {"fwd": 1, "dq": 1, "dkv": 1}
+    assert kernels_in("full") == {"fwd": 2, "dq": 1, "dkv": 1}
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_nothing(remat):
+    model, params, *_ = case("grouped")
+    step = value_and_grad(dataclasses.replace(interpreted(model), remat=remat))
+    (_, logps), grads = step(params, group_of("grouped"))
+    np.testing.assert_allclose(logps, plain_grads("grouped")[0], rtol=0, atol=1e-5)
+    assert_trees_close(grads, plain_grads("grouped")[1], 1e-5)
+
+
+def widest_pair(jaxpr):
+    """The largest second-largest dimension of any array outside the kernels: masks and scores have two long ones."""
+    widest = 0
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            sizes = sorted(getattr(variable.aval, "shape", ()))
+            widest = max(widest, sizes[-2] if len(sizes) > 1 else 0)
+        if equation.primitive.name == "pallas_call":
+            continue
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                widest = max(widest, widest_pair(inner))
+    return widest
+
+
+def test_neither_scores_nor_masks_exist():
+    model = Model(PLAIN, logits_chunk=8)
+    group = Group(*(np.zeros(shape, np.int32) for shape in [(1, 384), (1,), (1, 2, 256), (1, 2)]))
+
+    def widest(model):
+        program = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(response_logps(model, params, group))))
+        return widest_pair(program(model.abstract_params()).jaxpr)
+
+    assert widest(interpreted(model)) <= 128  # the kernel's row statistics are 128 lanes wide
+    assert widest(model) >= 256
+
+
+# --- eight simulated devices
+
+
+def on_mesh(name, mesh):
+    """Log-probs and gradients on a mesh; the kernel must run there on parts of rows and heads."""
+    model, params, *_ = case(name)
+    group = group_of(name)
+    places = param_shardings(model, mesh), jax.tree.map(lambda _: partitioning.rows(mesh), group)
+    scalar = partitioning.replicated(mesh)
+    step = value_and_grad(interpreted(model), in_shardings=places, out_shardings=((scalar, scalar), places[0]))
+    with partitioning.use_mesh(mesh):
+        (_, logps), grads = step(*jax.device_put((params, group), places))
+    return logps, grads
+
+
+MESHES = [
+    pytest.param("grouped", {"fsdp": 2, "tensor": 2, "replica": 2}, id="replica"),
+    pytest.param("grouped", {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow, id="fsdp-tensor"),
+    pytest.param("grouped", {"fsdp": 2, "tensor": 4}, id="two heads of keys on four devices"),
+    pytest.param("six on three", {"fsdp": 4, "tensor": 2}, id="three heads of keys on two devices"),
+    pytest.param("six on three", {"fsdp": 2, "tensor": 4}, marks=pytest.mark.slow, id="six heads on four devices"),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes"), MESHES)
+def test_meshes_equal_one_device(name, sizes):
+    mesh = partitioning.make_mesh(**sizes)
+    logps, grads = on_mesh(name, mesh)
+    np.testing.assert_allclose(logps, plain_grads(name)[0], rtol=0, atol=1e-5)
+    assert_trees_close(grads, plain_grads(name)[1], 1e-5)
+
+
+# --- the real compiler
+
+
+@pytest.mark.tpu_compile
+def test_compiles_for_a_tpu(monkeypatch):
+    pytest.importorskip("libtpu")
+    monkeypatch.undo()  # the real blocks
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = partitioning.make_mesh(2, 2, devices)
+    assert partitioning.platform(mesh) == "tpu"
+    config = ModelConfig("llama", 1024, 512, 1024, 2, 4, 2, 128)
+    attention = splash.resolve("auto", partitioning.platform(mesh))
+    model = Model(config, compute_dtype="bfloat16", remat="dots", attention=attention)
+    places = param_shardings(model, mesh), partitioning.rows(mesh)
+    params = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model.abstract_params(), places[0]
+    )
+    shapes = [(4, 192), (4,), (4, 3, 96), (4, 3)]
+    group = Group(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=places[1]) for shape in shapes))
+    step = jax.jit(
+        jax.value_and_grad(lambda params, group: jnp.sum(response_logps(model, params, group))),
+        out_shardings=(partitioning.replicated(mesh), places[0]),
+    )
+    with partitioning.use_mesh(mesh):
+        text = step.lower(params, group).compile().as_text()
+    for kernel in ("fwd", "dq", "dkv"):
+        assert any("tpu_custom_call" in line and f"splash_mha_{kernel}" in line for line in text.splitlines())
