@@ -25,6 +25,7 @@ CONFIGS = {
     "windowed": dataclasses.replace(PLAIN, family="qwen2", qkv_bias=True, tie_embeddings=True, sliding_window=37),
     "six on three": dataclasses.replace(PLAIN, num_heads=6, num_kv_heads=3),
 }
+SLOW = {"one each": pytest.mark.slow}
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -52,15 +53,20 @@ def interpreted(model):
     return dataclasses.replace(model, attention="splash_interpret")
 
 
-def value_and_grad(model, **options):
-    """A program for the tokens' log-probs, and the gradient of their sum with weights of either sign."""
+def weighted_sum(model):
+    """A function for a sum of the tokens' log-probs with weights of either sign, and the log-probs."""
 
     def loss(params, group):
         logps = token_logps(model, params, group)
         weights = jnp.cos(jnp.arange(logps.size, dtype=jnp.float32)).reshape(logps.shape)
         return jnp.sum(weights * logps), logps
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK, **options)
+    return loss
+
+
+def value_and_grad(model, **options):
+    """Its program."""
+    return jax.jit(jax.value_and_grad(weighted_sum(model), has_aux=True), compiler_options=QUICK, **options)
 
 
 @functools.cache
@@ -157,7 +163,7 @@ def test_choices():
 # --- log-probabilities and gradients
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in CONFIGS])
 def test_equals_plain_attention(name):
     model, params, *_ = case(name)
     (_, logps), grads = value_and_grad(interpreted(model))(params, group_of(name))
@@ -235,12 +241,12 @@ def test_rows(name):
 
 
 def kernels_in(remat):
-    """How often each of the kernels stands in the gradient's program."""
+    """How often each of the kernels stands in the gradient's program for TPUs."""
     model, params, *_ = case("grouped")
-    text = str(jax.make_jaxpr(value_and_grad(dataclasses.replace(interpreted(model), remat=remat)))(
-        params, group_of("grouped")
-    ))  # fmt: skip
-    return {kernel: text.count(f"name=splash_mha_{kernel}_") for kernel in ("fwd", "dq", "dkv")}
+    loss = weighted_sum(dataclasses.replace(model, attention="splash", remat=remat))
+    program = jax.jit(jax.grad(loss, has_aux=True)).trace(params, group_of("grouped"))
+    text = program.lower(lowering_platforms=("tpu",)).as_text()
+    return {kernel: text.count(f'kernel_name = "splash_mha_{kernel}_') for kernel in ("fwd", "dq", "dkv")}
 
 
 def test_dots_keeps_what_the_kernel_computed():
@@ -248,7 +254,7 @@ def test_dots_keeps_what_the_kernel_computed():
     assert kernels_in("full") == {"fwd": 2, "dq": 1, "dkv": 1}
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_nothing(remat):
     model, params, *_ = case("grouped")
     step = value_and_grad(dataclasses.replace(interpreted(model), remat=remat))
