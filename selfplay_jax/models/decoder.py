@@ -25,7 +25,19 @@ _NORMAL = jax.nn.initializers.normal(0.02)
 _ZEROS = jax.nn.initializers.zeros
 _ONES = jax.nn.initializers.ones
 
-REMAT_POLICIES = ("none", "dots", "full")
+# What of a layer is kept for the backward pass; never the gathered weights, which would be the whole model.
+_SAVED = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(partitioning.UNSHARDED),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(splash.SAVED),
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+REMAT_POLICIES = tuple(_SAVED)
+
+
+CACHE_AXES = ("layers", "batch", "act_kv_heads", "cache_columns", None)
 
 
 class KVCache(NamedTuple):
@@ -188,14 +200,18 @@ class Decoder(nnx.Module):
 
     def lookup(self, tokens: jax.Array) -> jax.Array:
         """Token ids [B, ...] -> embeddings [B, ..., D] in the compute dtype."""
-        x = jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.dtype)
+        x = partitioning.lookup(self.embed.embedding[...], tokens, self.config.hidden_size, self.dtype)
         return partitioning.constrain(x, "batch", *([None] * tokens.ndim))
 
     def output_matrix(self) -> jax.Array:
         """The output projection [D, V] in the compute dtype: the head, or the embedding transposed where tied."""
         if self.config.tie_embeddings:
-            return self.embed.embedding[...].astype(self.dtype).T
-        return self.head.kernel[...].astype(self.dtype)
+            return self._whole(self.embed.embedding).astype(self.dtype).T
+        return self._whole(self.head.kernel).astype(self.dtype)
+
+    def _whole(self, param: nnx.Variable, *, stacked: bool = False) -> jax.Array:
+        names = param.get_metadata("logical_axes")[stacked:]
+        return partitioning.unshard(param[...], names, {"embed": self.config.hidden_size}, self.dtype)
 
     def scan(self, body: Callable[[Block, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None) -> tuple[Any, Any]:
         """Runs `body(block, carry, (x, window)) -> (carry, y)` over the layers, rematerialised as `remat` says.
@@ -206,16 +222,11 @@ class Decoder(nnx.Module):
 
         def step(carry: Any, inputs: tuple[Any, Any, Any]) -> tuple[Any, Any]:
             weights, x, window = inputs
-            return body(nnx.merge(graph, weights), carry, (x, window))
+            # Here, not where they are used: both streams share a layer's gathered weights, and their gradients' sum.
+            whole = jax.tree.map(lambda p: p.replace(self._whole(p, stacked=True)), weights, is_leaf=_is_param)
+            return body(nnx.merge(graph, whole), carry, (x, window))
 
-        if self.remat == "full":
-            step = jax.checkpoint(step, prevent_cse=False)
-        elif self.remat == "dots":
-            policies = jax.checkpoint_policies
-            policy = policies.save_from_both_policies(
-                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(splash.SAVED)
-            )
-            step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+        step = jax.checkpoint(step, prevent_cse=False, policy=_SAVED[self.remat])
         return jax.lax.scan(step, carry, (stacked, xs, self._windows()))
 
     def _windows(self) -> jax.Array | None:
@@ -225,6 +236,10 @@ class Decoder(nnx.Module):
         layer = jnp.arange(self.config.num_layers)
         limited = layer >= self.config.sliding_window_from_layer
         return jnp.where(limited, jnp.int32(self.config.sliding_window), jnp.int32(unlimited))
+
+
+def _is_param(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
 
 
 def _near(mask: jax.Array, distance: jax.Array, window: jax.Array | None) -> jax.Array:

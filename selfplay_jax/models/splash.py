@@ -80,18 +80,21 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arr
     segment only; None is one segment. With a mesh in scope every device computes its own rows and heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    compilers = set(mesh.axis_names) - set(mesh.manual_axes)
     local = functools.partial(_attend, shape=shape)
-    if mesh.empty or mesh.size == 1:
+    if not compilers:
         return local(query, key, value, segments)
-    q_spec = partitioning.spec(("batch", None, "act_heads", None), query.shape, mesh)
-    kv_spec = partitioning.spec(("batch", None, "act_kv_heads", None), key.shape, mesh)
+    q_spec = partitioning.compilers_spec(("batch", None, "act_heads", None), query.shape)
+    kv_spec = partitioning.compilers_spec(("batch", None, "act_kv_heads", None), key.shape)
     if q_spec[2] != kv_spec[2]:  # the key/value heads do not divide: each device takes those that its queries need
         local = functools.partial(_pick_heads, query.shape[2], key.shape[2], q_spec[2], local)
     segment_spec = None if segments is None else PartitionSpec(q_spec[0])
     # No check of replication: a Pallas call cannot say over which axes its outputs vary.
-    return jax.shard_map(
-        local, in_specs=(q_spec, kv_spec, kv_spec, segment_spec), out_specs=q_spec, check_vma=False
-    )(query, key, value, segments)  # fmt: skip
+    on_devices = jax.shard_map(
+        local, in_specs=(q_spec, kv_spec, kv_spec, segment_spec), out_specs=q_spec,
+        axis_names=compilers, check_vma=False,
+    )  # fmt: skip
+    return on_devices(query, key, value, segments)
 
 
 def _pick_heads(heads: int, kv_heads: int, axis: Any, local: Any, query: Any, key: Any, value: Any, seg: Any) -> Any:

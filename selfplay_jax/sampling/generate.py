@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from selfplay_jax import partitioning
 from selfplay_jax.groups import bucket, pad_rows
-from selfplay_jax.models.decoder import Model, Params
+from selfplay_jax.models.decoder import CACHE_AXES, Model, Params
 from selfplay_jax.sampling import slots as device
 from selfplay_jax.sampling.filters import SamplingFilter
 
@@ -42,13 +42,12 @@ class _Programs(NamedTuple):
 
 
 def _slot_shardings(state: Any, mesh: Mesh) -> Any:
-    """Slots over "batch", the cache's heads over "tensor", scalars whole."""
-    cache_axes = ("layers", "batch", "act_kv_heads", None, None)
+    """Slots over "batch", the cache as `CACHE_AXES` says, scalars whole."""
 
     def rows(leaf: Any) -> Any:
         return partitioning.sharding(("batch", *[None] * (leaf.ndim - 1)), leaf.shape, mesh)
 
-    cache = jax.tree.map(lambda leaf: partitioning.sharding(cache_axes, leaf.shape, mesh), state.cache)
+    cache = jax.tree.map(lambda leaf: partitioning.sharding(CACHE_AXES, leaf.shape, mesh), state.cache)
     whole = partitioning.replicated(mesh)
     return jax.tree.map(lambda leaf: rows(leaf) if leaf.ndim else whole, state._replace(cache=None))._replace(
         cache=cache
@@ -171,6 +170,7 @@ def generate(
     slots = _round_up(min(slots, total), shards)
     width = _round_up(max(1, slots // 4), shards)  # prompts that enter together
     columns = bucket(max_prompt_tokens or longest) + max_new_tokens
+    columns = _round_up(columns, 1 if mesh is None else mesh.shape.get("tensor", 1))  # see "cache_columns"
     programs = _programs(model, choose, stops, slots, columns, max_new_tokens, mesh)
 
     # Neighbours in length enter together, so that a refill is padded little.
