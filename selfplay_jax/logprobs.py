@@ -64,7 +64,7 @@ def _by_token(model: Model, params: Params, group: Group, measure: Callable[...,
 def by_rows(model: Model, mesh: Mesh, measure: Callable[[Model, Params, Group], Any]) -> Callable[..., Any]:
     """`measure` jitted for parameters and rows that lie on `mesh`: (params, group) -> arrays [B, ...]."""
     axes, abstract = model.logical_axes(), model.abstract_params()
-    specs, rows = partitioning.param_specs(axes, abstract, mesh), partitioning.rows(mesh)
+    specs, rows = partitioning.over_rows_specs(axes, abstract, mesh), partitioning.rows(mesh)
     return jax.jit(
         partitioning.over_rows(functools.partial(measure, model), mesh, (specs, rows.spec), rows.spec),
         in_shardings=(partitioning.tree_shardings(axes, abstract, mesh), rows),

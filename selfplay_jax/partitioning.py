@@ -157,13 +157,14 @@ def tree_shardings(axes: Any, abstract: Any, mesh: Mesh, rules: Rules = RULES) -
 # `fsdp` with them; `tensor` is left to the compiler. A gathered layer then is a reduce-scatter on the way back, and
 # stays one whatever the compiler thinks best.
 
-_DATA_RULES: Rules = {"embed": "fsdp"}
+_DATA_RULES: Rules = {name: RULES[name] for name in ("embed", "batch")}
 UNSHARDED = "unsharded"  # the name of gathered weights for rematerialisation policies
 
 
-def param_specs(axes: Any, abstract: Any, mesh: Mesh) -> Any:
-    """How parameters are cut over the data axes: PartitionSpecs for `over_rows`."""
-    return jax.tree.map(lambda leaf, names: spec(names, leaf.shape, mesh, _DATA_RULES), abstract, axes)
+def over_rows_specs(axes: Any, abstract: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """How the leaves of a tree laid out by `rules` are cut over the data axes: PartitionSpecs for `over_rows`."""
+    rules = {name: over for name, over in _DATA_RULES.items() if name in rules}
+    return jax.tree.map(lambda leaf, names: spec(names, leaf.shape, mesh, rules), abstract, axes)
 
 
 def over_rows(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -210,7 +210,7 @@ def programs(model: Model, objective: Objective, settings: Settings, mesh: Mesh)
     shardings = _state_shardings(abstract, param_shardings, optimizer, mesh)
     rows = partitioning.rows(mesh)
     whole = partitioning.replicated(mesh)
-    specs = model.split(partitioning.param_specs(model.logical_axes(), every, mesh))
+    specs = model.split(partitioning.over_rows_specs(model.logical_axes(), every, mesh))
     gradients = partitioning.over_rows(
         functools.partial(_gradients, model, objective, settings.accumulate, specs[0]),
         mesh,

@@ -233,10 +233,16 @@ def test_rows(name):
     rows = random_rows(rng, lengths.tolist())
     tokens = np.array([row + [0] * (200 - len(row)) for row in rows], np.int32)
 
+    def keep(kept, layer, key, value):
+        return kept.at[:, layer].set(jnp.stack([key, value]))
+
     def run(model):
         def program(params):
-            return model.logits(params, tokens, lengths), causal_rows(model.bind(params), tokens, lengths,
-                                                                      keep_cache=True)[1]  # fmt: skip
+            decoder, config = model.bind(params), model.config
+            empty = jnp.zeros((2, config.num_layers, 3, config.num_kv_heads, 200, config.head_dim))
+            return model.logits(params, tokens, lengths), causal_rows(decoder, tokens, lengths, kept=empty, keep=keep)[
+                1
+            ]
 
         return jax.jit(program, compiler_options=QUICK)(params)
 

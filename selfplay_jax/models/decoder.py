@@ -248,11 +248,17 @@ def _near(mask: jax.Array, distance: jax.Array, window: jax.Array | None) -> jax
 
 
 def causal_rows(
-    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, *, keep_cache: bool
-) -> tuple[jax.Array, KVCache | None]:
+    decoder: Decoder,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    kept: Any = None,
+    keep: Callable[[Any, jax.Array, jax.Array, jax.Array], Any] | None = None,
+) -> tuple[jax.Array, Any]:
     """Rows of tokens [B, T] (int32, right-padded to `lengths` [B]) -> final hidden states [B, T, D].
 
-    With `keep_cache` also the keys and values of all T columns, for decoding to go on from.
+    For decoding to go on from there, `keep(kept, layer, key, value) -> kept` sees each layer's keys and values
+    [B, KV, T, Hd] in turn; what it made of `kept` comes back beside the hidden states.
     """
     fast = splash.layout(decoder.attention, decoder.config, tokens.shape[1])
     column = jnp.arange(tokens.shape[1])
@@ -260,18 +266,22 @@ def causal_rows(
     mask = (distance >= 0)[None] & (column[None, None, :] < lengths[:, None, None])
     positions = jnp.broadcast_to(column[None], tokens.shape)
 
-    def layer(block: Block, x: jax.Array, inputs: Any) -> tuple[jax.Array, KVCache | None]:
+    def layer(block: Block, carry: tuple[jax.Array, Any], inputs: Any) -> tuple[Any, None]:
+        x, kept = carry
+        index, window = inputs
         query, key, value = block.project(x, positions)
         if fast is not None:  # padding stands right of what is real, so that being causal hides it
             attended = splash.attend(query, key, value, None, fast)
         else:
-            attended = attention.attend_rows(query, key, value, _near(mask, distance[None], inputs[1]))
+            attended = attention.attend_rows(query, key, value, _near(mask, distance[None], window))
         x = block.finish(x, attended)
-        kept = KVCache(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)) if keep_cache else None
-        return x, kept
+        if keep is not None:
+            kept = keep(kept, index, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+        return (x, kept), None
 
-    x, cache = decoder.scan(layer, decoder.lookup(tokens))
-    return decoder.final_norm(x), cache
+    carry = (decoder.lookup(tokens), kept)
+    (x, kept), _ = decoder.scan(layer, carry, jnp.arange(decoder.config.num_layers))
+    return decoder.final_norm(x), kept
 
 
 def group_hidden(decoder: Decoder, prompt: jax.Array, prompt_lengths: jax.Array, responses: jax.Array) -> jax.Array:
@@ -430,5 +440,5 @@ class Model:
     def logits(self, params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         """Plain causal logits [B, T, V], float32, of right-padded rows; for tests and evaluation of short inputs."""
         decoder = self.bind(params)
-        hidden, _ = causal_rows(decoder, tokens, lengths, keep_cache=False)
+        hidden, _ = causal_rows(decoder, tokens, lengths)
         return jnp.matmul(hidden, decoder.output_matrix(), preferred_element_type=jnp.float32)
