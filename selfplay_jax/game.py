@@ -182,6 +182,8 @@ def _load_task(config: Any, workdir: epath.Path, template: Template) -> tasks.Ta
 def _tell(config: Any, model: Model, template: Template, task: tasks.Task) -> None:
     if model.attention == "splash_interpret":
         say("note: config.model.attention=splash is a kernel for TPUs; here it is interpreted, which is slow")
+    if model.attention != "plain" and not splash.fits(model.config):
+        say("note: attention is plain: splash attention has no form for a window in some of the model's layers only")
     longest = config.data.max_prompt_tokens + max(config.data.max_response_tokens, config.sampling.max_new_tokens)
     if longest > model.config.max_position_embeddings:
         say(

@@ -142,18 +142,16 @@ def test_blocks(length, block, padded, monkeypatch):
 
 def test_what_plain_attention_keeps():
     mixed = dataclasses.replace(PLAIN, sliding_window=5, sliding_window_from_layer=1)
-    unused = dataclasses.replace(PLAIN, sliding_window=5, sliding_window_from_layer=2)
     windowed = dataclasses.replace(PLAIN, sliding_window=5)
     assert splash.layout("splash", PLAIN, 64, 2, 32) == splash.Layout(64, 2, 32)
     assert splash.layout("splash", windowed, 128) == splash.Layout(128, window=5)
-    assert splash.layout("splash", unused, 128) == splash.Layout(128)
     assert splash.layout("splash_interpret", PLAIN, 128) == splash.Layout(128, interpret=True)
     for kind, config, *shape in [
         ("plain", PLAIN, 128),
         ("splash", PLAIN, 64, 1, 32),
         ("splash", mixed, 128),
         ("splash", PLAIN, 1 << 20),
-        ("splash", PLAIN, 128, 1 << 11, 8),
+        ("splash", PLAIN, 128, 1 << 10, 8),
     ]:
         assert splash.layout(kind, config, *shape) is None
 

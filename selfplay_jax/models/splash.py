@@ -25,6 +25,10 @@ KINDS = ("plain", "splash", "splash_interpret")
 # The name under which `jax.checkpoint` policies find what the kernel's backward pass needs of its forward pass.
 SAVED = "splash_attention"
 
+# A query is one int32 to the kernel's mask: the response it belongs to above these bits, its column below.
+INDEX_BITS = 20
+_MAX_LENGTH, _MAX_RESPONSES = 1 << INDEX_BITS, 1 << (30 - INDEX_BITS)
+
 _LANES = 128
 _LARGEST_BLOCK = 512  # a block of float32 scores is 1 MiB; four of them and the operands fit in 16 MiB
 
@@ -55,16 +59,17 @@ class Layout:
 def layout(kind: str, config: ModelConfig, prompt: int, count: int = 0, response: int = 0) -> Layout | None:
     """How splash attention would see such a sequence; None where plain attention has to, or had better, do it.
 
-    That is below one block (a bucket of a few tokens would be padded to 128), in models with a sliding window in some
-    of the layers only (the kernel's mask is fixed, the layers are one scanned program), and past 2^20 columns.
+    That is below one block (a bucket of a few tokens would be padded to 128), past 2^20 columns or 2^10 responses, and
+    in models that it does not fit.
     """
-    found = Layout(prompt, count, response, None, kind == "splash_interpret")
-    if kind == "plain" or not _LANES <= found.length < 1 << 20 or count > 1 << 10:
-        return None
-    first_windowed = config.num_layers if config.sliding_window is None else config.sliding_window_from_layer
-    if first_windowed >= config.num_layers:
-        return found
-    return dataclasses.replace(found, window=config.sliding_window) if first_windowed == 0 else None
+    found = Layout(prompt, count, response, config.sliding_window, kind == "splash_interpret")
+    served = kind != "plain" and fits(config) and _LANES <= found.length < _MAX_LENGTH and count < _MAX_RESPONSES
+    return found if served else None
+
+
+def fits(config: ModelConfig) -> bool:
+    """Whether all layers of a model see through the same window: the kernel's mask is fixed, the layers one program."""
+    return config.sliding_window is None or config.sliding_window_from_layer == 0
 
 
 def block_size(length: int) -> int:

@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 
-# A query is one number to the kernel: the response it belongs to above these bits, its place in the sequence below.
-INDEX_BITS = 20
-MAX_LENGTH = 1 << INDEX_BITS
-MAX_RESPONSES = 1 << (31 - INDEX_BITS)
+from selfplay_jax.models.splash import INDEX_BITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +41,7 @@ class GroupMask(splash_attention_mask.Mask):
 
     def mask_function(self, queries: Any, keys: Any) -> Any:
         """Whether a query of `q_sequence` sees a key, given by its column; for NumPy and, in the kernel, JAX arrays."""
-        index = queries & (MAX_LENGTH - 1)
+        index = queries & ((1 << INDEX_BITS) - 1)
         shift = (queries >> INDEX_BITS) * self.response  # columns of the responses between the prompt and this one
         in_prompt, own = keys < self.prompt, keys >= self.prompt + shift
         if self.window is not None:
