@@ -37,7 +37,7 @@ lock: ## resolve pyproject.toml into requirements.lock again (needs uv); ARGS=--
 	  --no-emit-find-links --extra tpu -c requirements.lock --no-header pyproject.toml | sed -n '/^libtpu==/,/^[^ l]/{/^[^ l]/!p}' >requirements-tpu.lock
 
 clean: ## remove the environments and the tools' caches, never runs/
-	rm -rf $(VENV) .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .venv-parity .venv-tpu .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
 # What has no wheel is built with the locked setuptools, which therefore comes first. The lock is complete, so pip resolves
 # nothing: where a package asks for another one's extra it would look past the pinned version.
