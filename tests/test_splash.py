@@ -314,7 +314,7 @@ def gradients(model, mesh, places, manual):
     step = jax.value_and_grad(weighted_sum(model), has_aux=True)
     scalar, rows = partitioning.replicated(mesh), places[1]
     if manual:
-        specs = partitioning.param_specs(model.logical_axes(), model.abstract_params(), mesh)
+        specs = partitioning.over_rows_specs(model.logical_axes(), model.abstract_params(), mesh)
 
         def own_rows(params, group):
             (_, logps), grads = jax.value_and_grad(weighted_sum(model), has_aux=True)(params, group)
@@ -367,7 +367,7 @@ model = Model(
     ModelConfig("llama", 1024, 512, 1024, 2, 4, 2, 128), compute_dtype="bfloat16", remat="dots", attention=attention
 )
 abstract, rows = model.abstract_params(), partitioning.rows(mesh)
-places, specs = param_shardings(model, mesh), partitioning.param_specs(model.logical_axes(), abstract, mesh)
+places, specs = param_shardings(model, mesh), partitioning.over_rows_specs(model.logical_axes(), abstract, mesh)
 
 def gradient(params, group):
     grads = jax.grad(lambda params: jnp.sum(response_logps(model, params, group)))(params)
