@@ -17,7 +17,7 @@ from selfplay_jax import partitioning
 from selfplay_jax.models.config import ModelConfig
 
 if TYPE_CHECKING:
-    from selfplay_jax.models.decoder import Block, Decoder
+    from selfplay_jax.models.modules import Block, Decoder
 
 # "splash_interpret" runs the kernel as ordinary XLA operations, on any backend: slow, for tests.
 KINDS = ("plain", "splash", "splash_interpret")
