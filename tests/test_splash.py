@@ -29,6 +29,7 @@ from selfplay_jax.logprobs import response_logps, token_logps
 from selfplay_jax.models import splash
 from selfplay_jax.models.decoder import Model, causal_rows
 from selfplay_jax.models.splash_mask import GroupMask
+from selfplay_jax.sampling import generate
 
 CONFIGS = {
     "grouped": PLAIN,
@@ -250,6 +251,23 @@ def test_rows(name):
     for found, wanted in zip(cache, plain_cache, strict=True):
         for b, length in enumerate(lengths):
             np.testing.assert_allclose(found[:, b, :, :length], wanted[:, b, :, :length], rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_sampling_goes_on_from_what_the_kernel_left():
+    """Long prompts, on a mesh: the prefill runs the kernel, the decoding after it does not."""
+    model, params, *_ = case("grouped")
+    mesh = mesh_of(4, 2)
+    params = jax.device_put(params, param_shardings(model, mesh))
+    prompts = random_rows(np.random.default_rng(3), [130, 192, 150, 1, 80, 128])
+
+    def sampled(model):
+        return generate(model, params, prompts, seed=7, max_new_tokens=6, stop_ids=[], mesh=mesh)
+
+    kernel, plain = sampled(interpreted(model)), sampled(model)
+    assert kernel.tokens == plain.tokens
+    np.testing.assert_allclose(kernel.logps, plain.logps, rtol=0, atol=1e-4)
+    assert np.any(kernel.logps != plain.logps)  # another program
 
 
 # --- rematerialisation and memory
