@@ -29,6 +29,7 @@ from selfplay_jax.logprobs import response_logps, token_logps
 from selfplay_jax.models import splash
 from selfplay_jax.models.decoder import Model, causal_rows
 from selfplay_jax.models.splash_mask import GroupMask
+from selfplay_jax.sampling import generate
 
 CONFIGS = {
     "grouped": PLAIN,
@@ -252,6 +253,23 @@ def test_rows(name):
             np.testing.assert_allclose(found[:, b, :, :length], wanted[:, b, :, :length], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
+def test_sampling_goes_on_from_what_the_kernel_left():
+    """Long prompts, on a mesh: the prefill runs the kernel, the decoding after it does not."""
+    model, params, *_ = case("grouped")
+    mesh = mesh_of(4, 2)
+    params = jax.device_put(params, param_shardings(model, mesh))
+    prompts = random_rows(np.random.default_rng(3), [130, 192, 150, 1, 80, 128])
+
+    def sampled(model):
+        return generate(model, params, prompts, seed=7, max_new_tokens=6, stop_ids=[], mesh=mesh)
+
+    kernel, plain = sampled(interpreted(model)), sampled(model)
+    assert kernel.tokens == plain.tokens
+    np.testing.assert_allclose(kernel.logps, plain.logps, rtol=0, atol=1e-4)
+    assert np.any(kernel.logps != plain.logps)  # another program
+
+
 # --- rematerialisation and memory
 
 
@@ -314,7 +332,7 @@ def gradients(model, mesh, places, manual):
     step = jax.value_and_grad(weighted_sum(model), has_aux=True)
     scalar, rows = partitioning.replicated(mesh), places[1]
     if manual:
-        specs = partitioning.param_specs(model.logical_axes(), model.abstract_params(), mesh)
+        specs = partitioning.over_rows_specs(model.logical_axes(), model.abstract_params(), mesh)
 
         def own_rows(params, group):
             (_, logps), grads = jax.value_and_grad(weighted_sum(model), has_aux=True)(params, group)
@@ -367,7 +385,7 @@ model = Model(
     ModelConfig("llama", 1024, 512, 1024, 2, 4, 2, 128), compute_dtype="bfloat16", remat="dots", attention=attention
 )
 abstract, rows = model.abstract_params(), partitioning.rows(mesh)
-places, specs = param_shardings(model, mesh), partitioning.param_specs(model.logical_axes(), abstract, mesh)
+places, specs = param_shardings(model, mesh), partitioning.over_rows_specs(model.logical_axes(), abstract, mesh)
 
 def gradient(params, group):
     grads = jax.grad(lambda params: jnp.sum(response_logps(model, params, group)))(params)
