@@ -46,7 +46,8 @@ install() {
   echo "worker $index: installed"
 }
 
-alive() { [[ -s $state/pid ]] && kill -0 "$(cat "$state/pid")" 2>/dev/null; }
+# The exit code is the last thing that a supervisor writes.
+alive() { [[ -s $state/pid && ! -e $state/exit_code ]] && kill -0 "$(cat "$state/pid")" 2>/dev/null; }
 
 start() {
   state_of "$1"
