@@ -10,6 +10,7 @@
 #   --max-backoff=SECONDS longest pause; a run that lasts longer than this sets the pause back; default 600
 #   --settle=SECONDS      after 75 and 76, before the slice is asked for its health: that news comes late; default 60
 #   --keep                leave the slice standing at the end; it goes on costing money
+#   --dry-run             print each command and run none
 #
 # Asks for the slice, installs, starts, watches. What happens next goes by how it ends:
 #   0                     done: the slice is given back

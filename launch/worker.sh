@@ -26,6 +26,11 @@ python_with_venv() {
       return
     fi
   done
+  if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then # new enough, without its venv module
+    apt_install python3-venv >&2
+    command -v python3
+    return
+  fi
   python3 -m pip --version >/dev/null 2>&1 || apt_install python3-pip >&2
   python3 -m pip -q install --user "uv==$UV_VERSION" >&2
   python3 -m uv python install 3.12 >&2

@@ -25,14 +25,18 @@ def script(path: pathlib.Path, text: str) -> None:
 class FakeCloud:
     """A checkout with launch/ in it, a simulated Cloud TPU service, and what was asked of it."""
 
-    def __init__(self, tmp_path: pathlib.Path, lives: Sequence[dict[str, Any]] = ({},), codes: str = "0", workers: int = 2):
+    def __init__(
+        self, tmp_path: pathlib.Path, lives: Sequence[dict[str, Any]] = ({},), codes: str = "0", workers: int = 2
+    ):
         self.dir = tmp_path
         self.repo = tmp_path / "checkout"
         shutil.copytree(ROOT / "launch", self.repo / "launch")
         for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "as it is"]):
             subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *command], cwd=self.repo, check=True)
         python = shlex.quote(sys.executable)
-        script(tmp_path / "bin/gcloud", f'#!/bin/sh\nexec {python} -I -S {shlex.quote(str(STUBS / "gcloud.py"))} "$@"\n')
+        script(
+            tmp_path / "bin/gcloud", f'#!/bin/sh\nexec {python} -I -S {shlex.quote(str(STUBS / "gcloud.py"))} "$@"\n'
+        )
         script(tmp_path / "vm_bin/hostname", '#!/bin/sh\necho "t1v-n-0-w-$STUB_WORKER"\n')
         make = f'mkdir -p "$2/.venv/bin" && cp {shlex.quote(str(STUBS / "vm_python.sh"))} "$2/.venv/bin/python" && echo "$@"'
         script(tmp_path / "vm_bin/make", f"#!/bin/sh\n{make}\n")
@@ -75,7 +79,9 @@ class FakeCloud:
 
     def everything_written(self) -> str:
         """The text of every file that a launcher, a VM or the bucket holds, without the secrets' own store."""
-        files = [path for path in self.dir.rglob("*") if path.is_file() and not path.is_relative_to(self.dir / "secrets")]
+        files = [
+            path for path in self.dir.rglob("*") if path.is_file() and not path.is_relative_to(self.dir / "secrets")
+        ]
         return "\n".join(path.read_text(errors="replace") for path in files if not path.name.startswith("env."))
 
     def close(self) -> None:

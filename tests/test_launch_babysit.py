@@ -138,7 +138,9 @@ def test_picks_up_what_it_finds(cloud: MakeCloud) -> None:
     tpu = cloud(codes="hang")
     assert tpu.run("tpu_vm.sh", "up").returncode == 0
     assert tpu.run("tpu_vm.sh", "start", *CONFIG).returncode == 0
-    babysit = subprocess.Popen(tpu.command("babysit.sh", "--keep", *CONFIG), env=tpu.environment(), stderr=subprocess.PIPE)
+    babysit = subprocess.Popen(
+        tpu.command("babysit.sh", "--keep", *CONFIG), env=tpu.environment(), stderr=subprocess.PIPE
+    )
     wait_for(lambda: starts(tpu) == 2)
     assert tpu.run("tpu_vm.sh", "stop").returncode == 0
     _, errors = babysit.communicate(timeout=60)
@@ -158,7 +160,12 @@ def test_a_signal_ends_babysit_and_not_the_run(cloud: MakeCloud, number: signal.
     tpu = cloud(codes="hang")
     command = [word.replace("--poll=0.05", "--poll=300") for word in tpu.command("babysit.sh", *CONFIG)]
     babysit = subprocess.Popen(
-        command, env=tpu.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=tpu.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     wait_for(lambda: (tpu.dir / "argv.1.1").exists())
     time.sleep(0.3)
@@ -177,7 +184,9 @@ def test_a_signal_ends_babysit_and_not_the_run(cloud: MakeCloud, number: signal.
 def test_a_signal_during_a_pause(cloud: MakeCloud) -> None:
     tpu = cloud(codes="139")
     command = [word.replace("--backoff=0.01", "--backoff=300") for word in tpu.command("babysit.sh", *CONFIG)]
-    babysit = subprocess.Popen(command, env=tpu.environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    babysit = subprocess.Popen(
+        command, env=tpu.environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     assert babysit.stderr
     for line in babysit.stderr:
         if "next try in" in line:
@@ -189,8 +198,19 @@ def test_a_signal_during_a_pause(cloud: MakeCloud) -> None:
 
 def test_dry_run_prints_the_plan(cloud: MakeCloud) -> None:
     tpu = cloud()
-    done = tpu.run("babysit.sh", "--dry-run", f"--run-id={HOSTILE}", "--secret=HF_TOKEN=tok", *CONFIG, HF_TOKEN="sentinel")
+    done = tpu.run(
+        "babysit.sh", "--dry-run", f"--run-id={HOSTILE}", "--secret=HF_TOKEN=tok", *CONFIG, HF_TOKEN="sentinel"
+    )
     assert done.returncode == 0 and not tpu.calls
-    verbs = ["create demo", "describe demo", "git", "scp", "worker.sh\\ install", "worker.sh\\ start", "status", "delete demo"]
+    verbs = [
+        "create demo",
+        "describe demo",
+        "git",
+        "scp",
+        "worker.sh\\ install",
+        "worker.sh\\ start",
+        "status",
+        "delete demo",
+    ]
     places = [done.stdout.index(verb) for verb in verbs]
     assert places == sorted(places) and "sentinel" not in done.stdout + done.stderr

@@ -64,7 +64,16 @@ def test_gpus_are_shared_out(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     ("play", "code"),
-    [("0 0", 0), ("75 75", 75), ("0 75", 75), ("0 3", 3), ("75 4", 4), ("76 9 76", 9), ("crash save", 134), ("1 save", 1)],
+    [
+        ("0 0", 0),
+        ("75 75", 75),
+        ("0 75", 75),
+        ("0 3", 3),
+        ("75 4", 4),
+        ("76 9 76", 9),
+        ("crash save", 134),
+        ("1 save", 1),
+    ],
 )
 def test_exit_code(tmp_path: pathlib.Path, play: str, code: int) -> None:
     run = start(tmp_path, play, "--", "--config=c.py")
@@ -112,7 +121,9 @@ def test_dry_run_prints_what_would_be_run(tmp_path: pathlib.Path) -> None:
     assert run.returncode == 0 and not list(tmp_path.iterdir())
     env = {**os.environ, "PLAY": "0 0", "NOTES": str(tmp_path)}
     subprocess.run(["bash", "-c", printed.replace("\n", " &\n") + "wait"], env=env, check=True, timeout=60)
-    assert [note["argv"][2:] for note in notes(tmp_path, 2)] == [[f"--process_id={i}", "--config=c.py", HOSTILE] for i in (0, 1)]
+    assert [note["argv"][2:] for note in notes(tmp_path, 2)] == [
+        [f"--process_id={i}", "--config=c.py", HOSTILE] for i in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize(

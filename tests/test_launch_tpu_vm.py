@@ -33,10 +33,18 @@ def test_from_nothing_to_a_finished_run(cloud: MakeCloud) -> None:
     (create,) = tpu.find("queued-resources", "create")
     assert {"--node-id=demo", "--spot", "--accelerator-type=v5litepod-16", "--zone=us-west4-a"} <= set(create)
     assert {"--runtime-version=v2-alpha-tpuv5-lite", "--project=my-project"} <= set(create)
-    assert [state in up.stderr for state in ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")] == [True] * 4
+    assert [state in up.stderr for state in ("ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")] == [
+        True
+    ] * 4
     run = tpu.run("tpu_vm.sh", "run", *CONFIG, "--config.rounds=2")
     assert run.returncode == 0, run.stderr
-    wanted = ["-m", "selfplay_jax.main", "--workdir=gs://bucket/runs/demo", "--config=configs/tpaw.py", "--config.rounds=2"]
+    wanted = [
+        "-m",
+        "selfplay_jax.main",
+        "--workdir=gs://bucket/runs/demo",
+        "--config=configs/tpaw.py",
+        "--config.rounds=2",
+    ]
     assert tpu.argv(0) == tpu.argv(1) == wanted
     assert "worker 0 start 1" in run.stdout
     assert len(list((tpu.dir / "buckets/bucket/runs/demo/logs").glob("*.log"))) == 2
@@ -169,7 +177,9 @@ def test_secrets_reach_the_program_and_nothing_else(cloud: MakeCloud) -> None:
     (tpu.dir / "secrets").mkdir()
     (tpu.dir / "secrets/my-token").write_text(token)
     words = ("--secret=HF_TOKEN=my-token", "--bucket=gs://bucket", *CONFIG)
-    done = [tpu.run("tpu_vm.sh", command, *words, HF_TOKEN=token, WANDB_API_KEY=token) for command in ("up", "run", "logs")]
+    done = [
+        tpu.run("tpu_vm.sh", command, *words, HF_TOKEN=token, WANDB_API_KEY=token) for command in ("up", "run", "logs")
+    ]
     dry = [tpu.run("tpu_vm.sh", command, "--dry-run", *words, HF_TOKEN=token) for command in ("up", "run", "logs")]
     assert [each.returncode for each in (*done, *dry)] == [0] * 6, done[1].stderr
     assert tpu.env(0)["HF_TOKEN"] == tpu.env(1)["HF_TOKEN"] == token
