@@ -1,5 +1,6 @@
 """Runs the launchers against stand-ins for gcloud, kubectl and sky (tests/stubs)."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -22,6 +23,24 @@ def script(path: pathlib.Path, text: str) -> None:
     path.chmod(0o755)
 
 
+def stand_in(path: pathlib.Path, program: str, *args: str) -> None:
+    """Puts tests/stubs/PROGRAM where PATH finds it as another one."""
+    words = [sys.executable, "-I", "-S", str(STUBS / program), *args]
+    script(path, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+
+
+def recording_stubs(folder: pathlib.Path, *names: str) -> dict[str, str]:
+    """Stand-ins that only record; returns the environment in which they are found, with a token in it."""
+    for name in names:
+        stand_in(folder / "bin" / name, "recorder.py", name)
+    return {"PATH": f"{folder / 'bin'}:/usr/local/bin:/usr/bin:/bin", "STUB_DIR": str(folder), "HF_TOKEN": "sentinel"}
+
+
+def recorded(stubs: dict[str, str]) -> list[dict[str, Any]]:
+    path = pathlib.Path(stubs["STUB_DIR"]) / "calls.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 class FakeCloud:
     """A checkout with launch/ in it, a simulated Cloud TPU service, and what was asked of it."""
 
@@ -33,13 +52,13 @@ class FakeCloud:
         shutil.copytree(ROOT / "launch", self.repo / "launch")
         for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "as it is"]):
             subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *command], cwd=self.repo, check=True)
-        python = shlex.quote(sys.executable)
-        script(
-            tmp_path / "bin/gcloud", f'#!/bin/sh\nexec {python} -I -S {shlex.quote(str(STUBS / "gcloud.py"))} "$@"\n'
-        )
+        stand_in(tmp_path / "bin/gcloud", "gcloud.py")
         script(tmp_path / "vm_bin/hostname", '#!/bin/sh\necho "t1v-n-0-w-$STUB_WORKER"\n')
-        make = f'mkdir -p "$2/.venv/bin" && cp {shlex.quote(str(STUBS / "vm_python.sh"))} "$2/.venv/bin/python" && echo "$@"'
-        script(tmp_path / "vm_bin/make", f"#!/bin/sh\n{make}\n")
+        python = shlex.quote(str(STUBS / "vm_python.sh"))
+        script(
+            tmp_path / "vm_bin/make",
+            f'#!/bin/sh\nmkdir -p "$2/.venv/bin" && cp {python} "$2/.venv/bin/python" && echo "$@"\n',
+        )
         (tmp_path / "script.json").write_text(json.dumps({"workers": workers, "lives": list(lives)}))
         (tmp_path / "codes").write_text(codes + "\n")
 
@@ -79,14 +98,11 @@ class FakeCloud:
 
     def everything_written(self) -> str:
         """The text of every file that a launcher, a VM or the bucket holds, without the secrets' own store."""
-        files = [
-            path for path in self.dir.rglob("*") if path.is_file() and not path.is_relative_to(self.dir / "secrets")
-        ]
-        return "\n".join(path.read_text(errors="replace") for path in files if not path.name.startswith("env."))
+        files = [path for path in self.dir.rglob("*") if path.is_file() and not path.name.startswith("env.")]
+        files = [path for path in files if not path.is_relative_to(self.dir / "secrets")]
+        return "\n".join(path.read_text(errors="replace") for path in files)
 
     def close(self) -> None:
         for pid in self.dir.glob("vms/*/.selfplay_jax/*/pid"):
-            try:
+            with contextlib.suppress(ProcessLookupError, ValueError):
                 os.killpg(int(pid.read_text()), signal.SIGKILL)
-            except (ProcessLookupError, ValueError):
-                pass

@@ -3,14 +3,12 @@
 import json
 import pathlib
 import re
-import shlex
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 import yaml
-from fake_cloud import HOSTILE, ROOT, STUBS, script
+from fake_cloud import HOSTILE, ROOT, recorded, recording_stubs
 
 JOBSET = str(ROOT / "launch/gke/jobset.sh")
 OPTIONS = ("--name=demo", "--image=region-docker.pkg.dev/p/r/selfplay_jax:1", "--bucket=gs://bucket")
@@ -135,19 +133,7 @@ def test_hostile_words_reach_the_container_as_they_are() -> None:
 
 @pytest.fixture
 def stubs(tmp_path: pathlib.Path) -> dict[str, str]:
-    for name in ("kubectl", "docker", "gcloud"):
-        recorder = f"{shlex.quote(sys.executable)} -I -S {shlex.quote(str(STUBS / 'recorder.py'))} {name}"
-        script(tmp_path / "bin" / name, f'#!/bin/sh\nexec {recorder} "$@"\n')
-    return {
-        "PATH": f"{tmp_path / 'bin'}:/usr/local/bin:/usr/bin:/bin",
-        "STUB_DIR": str(tmp_path),
-        "HF_TOKEN": "sentinel",
-    }
-
-
-def calls(stubs: dict[str, str]) -> list[dict[str, Any]]:
-    path = pathlib.Path(stubs["STUB_DIR"]) / "calls.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return recording_stubs(tmp_path, "kubectl", "docker", "gcloud")
 
 
 COMMANDS = [
@@ -166,20 +152,20 @@ def test_commands(stubs: dict[str, str], command: str, wanted: list[list[str]]) 
     """Each runs what its dry run prints."""
     words = (command, *OPTIONS, *PLACES, f"--run-id={HOSTILE}", "--secret=HF_TOKEN=hf:token")
     dry = jobset(*words, "--dry-run", *CONFIG, **stubs)
-    assert dry.returncode == 0 and not calls(stubs), dry.stderr
+    assert dry.returncode == 0 and not recorded(stubs), dry.stderr
     done = jobset(*words, *CONFIG, **stubs)
     assert done.returncode == 0, done.stderr
-    made = calls(stubs)
+    made = recorded(stubs)
     assert [[call["name"], call["argv"][0]] for call in made] == wanted
     subprocess.run(["bash", "-euc", dry.stdout], env=stubs, check=True, timeout=60)
-    assert calls(stubs)[len(made) :] == made
+    assert recorded(stubs)[len(made) :] == made
     everything = done.stdout + done.stderr + dry.stdout + dry.stderr + json.dumps(made)
     assert "sentinel" not in everything
 
 
 def test_apply_hands_over_the_manifest(stubs: dict[str, str]) -> None:
     assert jobset("apply", *OPTIONS, "--namespace=n", *CONFIG, **stubs).returncode == 0
-    (call,) = calls(stubs)
+    (call,) = recorded(stubs)
     assert call["argv"] == ["--namespace=n", "apply", "--filename=-"]
     assert yaml.safe_load(call["stdin"]) == rendered(*CONFIG)
 
@@ -193,7 +179,7 @@ def test_node_pool(stubs: dict[str, str]) -> None:
         "--spot",
         "--node-locations=us-west4-a",
     }
-    assert words <= set(calls(stubs)[0]["argv"])
+    assert words <= set(recorded(stubs)[0]["argv"])
 
 
 @pytest.mark.parametrize(
@@ -216,7 +202,7 @@ def test_node_pool(stubs: dict[str, str]) -> None:
 def test_wrong_options_are_one_sentence(stubs: dict[str, str], words: list[str], sentence: str) -> None:
     done = jobset(words[0], *OPTIONS, *words[1:], **stubs)
     assert done.returncode == 64 and sentence in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-    assert not calls(stubs) and not done.stdout
+    assert not recorded(stubs) and not done.stdout
 
 
 def test_the_image_holds_what_a_run_needs_and_nothing_else() -> None:

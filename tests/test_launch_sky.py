@@ -2,14 +2,11 @@
 
 import json
 import pathlib
-import shlex
 import subprocess
-import sys
-from typing import Any
 
 import pytest
 import yaml
-from fake_cloud import HOSTILE, ROOT, STUBS, script
+from fake_cloud import HOSTILE, ROOT, recorded, recording_stubs, script
 
 SKY = str(ROOT / "launch/sky.sh")
 TASK = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())
@@ -18,18 +15,7 @@ CONFIG = ("--", "--config=configs/tpaw.py")
 
 @pytest.fixture
 def stubs(tmp_path: pathlib.Path) -> dict[str, str]:
-    recorder = f"{shlex.quote(sys.executable)} -I -S {shlex.quote(str(STUBS / 'recorder.py'))} sky"
-    script(tmp_path / "bin/sky", f'#!/bin/sh\nexec {recorder} "$@"\n')
-    return {
-        "PATH": f"{tmp_path / 'bin'}:/usr/local/bin:/usr/bin:/bin",
-        "STUB_DIR": str(tmp_path),
-        "HF_TOKEN": "sentinel",
-    }
-
-
-def calls(stubs: dict[str, str]) -> list[dict[str, Any]]:
-    path = pathlib.Path(stubs["STUB_DIR"]) / "calls.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return recording_stubs(tmp_path, "sky")
 
 
 def sky(stubs: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
@@ -54,7 +40,7 @@ def test_from_the_command_line_to_the_program(
         stubs, "launch", "--name=demo", f"--run-id={HOSTILE}", "--bucket=gs://b", "--secret=HF_TOKEN", *CONFIG, *args
     )
     assert done.returncode == 0, done.stderr
-    (call,) = calls(stubs)
+    (call,) = recorded(stubs)
     assert call["argv"][:3] == ["jobs", "launch", "launch/skypilot.yaml"] and call["cwd"] == str(ROOT)
     words = call["argv"]
     assert words[words.index("--secret") + 1] == "HF_TOKEN"
@@ -76,11 +62,11 @@ def test_from_the_command_line_to_the_program(
 def test_dry_run_prints_what_would_be_run(stubs: dict[str, str], command: str) -> None:
     words = (command, "--name=demo", f"--run-id={HOSTILE}", "--bucket=b", "--secret=HF_TOKEN", "--accelerators=H100:8")
     dry = sky(stubs, *words, "--num-nodes=2", "--on-demand", "--dry-run", *CONFIG)
-    assert dry.returncode == 0 and not calls(stubs), dry.stderr
+    assert dry.returncode == 0 and not recorded(stubs), dry.stderr
     done = sky(stubs, *words, "--num-nodes=2", "--on-demand", *CONFIG)
     assert done.returncode == 0, done.stderr
     subprocess.run(["bash", "-euc", dry.stdout], env=stubs, check=True, timeout=60, cwd=ROOT)
-    by_launcher, by_hand = calls(stubs)
+    by_launcher, by_hand = recorded(stubs)
     assert by_hand == by_launcher
     assert "sentinel" not in dry.stdout + dry.stderr + done.stdout + done.stderr + json.dumps(by_launcher)
     if command == "launch":
@@ -101,4 +87,4 @@ def test_dry_run_prints_what_would_be_run(stubs: dict[str, str], command: str) -
 def test_wrong_options_are_one_sentence(stubs: dict[str, str], words: list[str], sentence: str) -> None:
     done = sky(stubs, *words)
     assert done.returncode == 64 and sentence in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-    assert not calls(stubs)
+    assert not recorded(stubs)

@@ -1,6 +1,6 @@
-"""A stand-in for gcloud: records its arguments, keeps a slice of simulated VMs, and plays what $STUB_DIR/script.json says.
+"""A stand-in for gcloud: records its arguments, keeps a slice of simulated VMs, plays what $STUB_DIR/script.json says.
 
-The script is {"workers": N, "lives": [LIFE, ...]}: each created slice is one life, the last one repeats. A life may have
+The script is {"workers": N, "lives": [LIFE, ...]}: each created slice is one life, the last one repeats. A life has
   create    exit code of the creation; with "message", what is printed
   waiting   states of the request, one per question; the last one stays. Default ["ACTIVE"]
   lost      "install" or "run:N": taken away on the installation, or on the Nth status question
@@ -9,6 +9,7 @@ The script is {"workers": N, "lives": [LIFE, ...]}: each created slice is one li
 VMs are directories; what ssh would run there is run by bash, with an environment of its own, as sshd would.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -49,10 +50,8 @@ class Slice:
     def end(self, exists):
         """The VMs are gone, and with them what runs on them and what is on their disks."""
         for pid in STUB.glob("vms/*/.selfplay_jax/*/pid"):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(pid.read_text()), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         os.system(f"rm -rf '{STUB}/vms'")
         self.state.update(exists=exists, lost=True)
         self.save()

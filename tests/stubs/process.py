@@ -1,6 +1,7 @@
 """A stand-in for the program under local.sh: writes down what it got, and ends as $PLAY says, one word per process.
 
-A number is an exit code. save: until SIGTERM, then 75. deaf: until SIGKILL. crash: SIGABRT. parent: as deaf, with a child.
+A number is an exit code. save: until SIGTERM, then 75. deaf: until SIGKILL. crash: SIGABRT.
+parent: deaf, with a child.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A stand-in for kubectl, docker and sky: records its name, arguments, working directory and, if asked to, its input."""
+"""A stand-in for kubectl, docker and sky: records its name, arguments, working directory and its input."""
 
 import json
 import os
