@@ -51,3 +51,34 @@ def test_every_launcher_refuses_an_empty_command_line_kindly() -> None:
             assert "usage: launch/" in done.stdout, path.name
         else:
             assert done.returncode == 64 and "error: " in done.stderr.splitlines()[-1], path.name
+
+
+README = (LAUNCH / "README.md").read_text()
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def as_dry_runs() -> list[str]:
+    """The README's blocks, each command of a launcher as a dry run, all other programs as no-ops."""
+    others = "".join(f"{name}() {{ :; }}\n" for name in ("gcloud", "kubectl", "xpk", "python", "pip", "mkdir"))
+    blocks = [re.sub(r"^.*[a-z] \.\.\. .*$|^.* \.\.\.$", "", block, flags=re.MULTILINE) for block in BLOCKS]
+    blocks = [
+        re.sub(r"^(launch/(?:tpu_vm|sky)\.sh \w+|launch/\w+\.sh|\$gke \w+)", r"\1 --dry-run", b, flags=re.M)
+        for b in blocks
+    ]
+    return [others + block for block in blocks if re.search(r"--dry-run", block)]
+
+
+@pytest.mark.parametrize("block", as_dry_runs(), ids=range(len(as_dry_runs())))
+def test_commands_of_the_readme_are_accepted(block: str) -> None:
+    env = {"PATH": "/usr/bin:/bin", "HF_TOKEN": "sentinel"}
+    env |= {"CLOUDSDK_CORE_PROJECT": "p", "CLOUDSDK_COMPUTE_ZONE": "z", "HOME": "/nonexistent"}
+    done = subprocess.run(["bash", "-eu", "-c", block], cwd=ROOT, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0 and done.stdout, done.stderr
+    assert "sentinel" not in done.stdout
+
+
+def test_the_readme_names_every_launcher_and_exit_code() -> None:
+    assert len(as_dry_runs()) >= 5
+    assert all(path.name in README for path in LAUNCHERS)
+    codes = re.search(r"^readonly (.*)$", (LAUNCH / "common.sh").read_text(), re.MULTILINE)
+    assert codes and all(re.search(rf"\b{code}\b", README) for code in re.findall(r"=(\d+)", codes[1]))
