@@ -136,8 +136,8 @@ conclude() {
     say "stopped on request; start with the same run id goes on"
     exit "$EX_STOPPED"
   fi
-  # A user's error stays one; any other end on a slice that is being taken away is the slice's doing.
-  if [[ $code != 0 && $code != 1 && $(health) == lost ]]; then
+  # The end of a slice has many faces: a bucket out of reach, a dead peer, a kill.
+  if [[ $code != 0 && $(health) == lost ]]; then
     say "$name was taken away"
     exit "$EX_AGAIN"
   fi

@@ -95,6 +95,14 @@ def test_exit_code_over_all_workers(cloud: MakeCloud, codes: str, code: int) -> 
     assert f"ended (worker:code) {words}\n" in run.stderr
 
 
+@pytest.mark.parametrize("codes", ["76 76", "1 76", "137 75"])
+def test_whatever_the_code_on_a_slice_that_is_gone_it_means_again(cloud: MakeCloud, codes: str) -> None:
+    tpu = cloud(lives=[{"lost": "end"}], codes=codes)
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    run = tpu.run("tpu_vm.sh", "run", *CONFIG)
+    assert run.returncode == 75 and "demo was taken away" in run.stderr, run.stderr
+
+
 def test_workers_that_outlive_a_failed_one_are_ended(cloud: MakeCloud) -> None:
     tpu = cloud(codes="stuck 139")
     assert tpu.run("tpu_vm.sh", "up").returncode == 0

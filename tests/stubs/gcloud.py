@@ -3,7 +3,8 @@
 The script is {"workers": N, "lives": [LIFE, ...]}: each created slice is one life, the last one repeats. A life has
   create    exit code of the creation; with "message", what is printed
   waiting   states of the request, one per question; the last one stays. Default ["ACTIVE"]
-  lost      "install" or "run:N": taken away on the installation, or on the Nth status question
+  lost      "install", "run:N" or "end": taken away on the installation, on the Nth status question, or as soon as the
+            program has ended on all workers and was asked for its exit code
   install   exit code of the installation
   deaf      how many first status questions stay unanswered
 VMs are directories; what ssh would run there is run by bash, with an environment of its own, as sshd would.
@@ -86,6 +87,9 @@ class Slice:
                 return self.life["install"]
         homes = self.homes if workers == "all" else [self.homes[int(workers)]]
         codes = [on_vm(home, command) for home in homes]
+        ended = all((home / ".selfplay_jax/demo/exit_code").exists() for home in homes)
+        if lost == "end" and ended and "worker.sh status" in command:
+            self.end(exists=True)
         return next((code for code in codes if code), 0)
 
 
