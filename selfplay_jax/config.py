@@ -122,7 +122,7 @@ def base() -> ConfigDict:
                 "batch_size": 128,
                 "select": "target_logp",  # or "sampled_accuracy": what "best" means, on the validation examples
             },
-            "mesh": {"fsdp": -1, "tensor": 1},
+            "mesh": {"replica": 1, "fsdp": -1, "tensor": 1},  # sizes; -1: the devices that are left
             "compilation_cache": "~/.cache/selfplay_jax/xla",  # "" turns it off
         }
     )

@@ -130,7 +130,7 @@ def check(config: Any) -> None:
 
 def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) -> Game:
     """Reads tokenizer, data and the model's configuration; of its weights only what is never trained."""
-    mesh = partitioning.make_mesh(config.mesh.fsdp, config.mesh.tensor)
+    mesh = partitioning.make_mesh(config.mesh.fsdp, config.mesh.tensor, replica=config.mesh.replica)
     path = str(builtin.BASE) if config.model.path == "builtin" else config.model.path
     fields = {name: value for name, value in config.model.items() if name != "path"}
     model = Model(read_config(path), **fields, lora=lora.of_config(config.lora))
@@ -145,12 +145,23 @@ def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) ->
         )
     evaluation.check(config.evaluation.run, config.evaluation.lm_eval_path)
     _tell(config, model, template, task)
+    _tell_layout(model, mesh)
     base: Params = {}
     if model.lora is not None:
         shardings = model.split(partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh))[1]
         base = load_hf(path, param_dtype=model.param_dtype, shardings=shardings)[1]
     checkpoints = Checkpoints(workdir / "checkpoints", window=config.window)
     return Game(config, workdir, model, path, base, template, task, mesh, checkpoints, ScoreTable(workdir), should_stop)
+
+
+def _tell_layout(model: Model, mesh: Mesh) -> None:
+    uncut = partitioning.undivided(model.logical_axes(), model.abstract_params(), mesh)
+    for name, (size, axis, pieces) in uncut.items():
+        good = ", ".join(str(n) for n in range(2, mesh.size + 1) if size % n == 0 and mesh.size % n == 0)
+        say(
+            f"note: mesh.{axis}={pieces} does not divide the model's {name} ({size}): those parameters stay whole on "
+            f"every device of that axis; {good or 'no other size here'} would cut them"
+        )
 
 
 def _load_task(config: Any, workdir: epath.Path, template: Template) -> tasks.Task:

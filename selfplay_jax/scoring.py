@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from selfplay_jax import partitioning
 from selfplay_jax.groups import Tokens, pack
-from selfplay_jax.logprobs import response_logps
+from selfplay_jax.logprobs import by_rows, response_logps
 from selfplay_jax.models.decoder import Model, Params
 from selfplay_jax.rounds import RoundFiles, chunks, read_array, source_name, write_array, write_bytes
 
@@ -27,9 +27,7 @@ _MOST_COLUMNS = 8
 
 @functools.lru_cache(maxsize=8)
 def _score_program(model: Model, mesh: Mesh) -> Callable[..., jax.Array]:
-    rows = partitioning.NamedSharding(mesh, partitioning.PartitionSpec("fsdp"))
-    params = partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh)
-    return jax.jit(functools.partial(response_logps, model), in_shardings=(params, rows), out_shardings=rows)
+    return by_rows(model, mesh, response_logps)
 
 
 def score(
@@ -48,7 +46,8 @@ def score(
     """
     count, width = len(prompts), len(responses[0])
     result = np.zeros((count, width), np.float32)
-    batch_size = -(-min(batch_size, count) // mesh.shape["fsdp"]) * mesh.shape["fsdp"]
+    shards = partitioning.data_shards(mesh)
+    batch_size = -(-min(batch_size, count) // shards) * shards
     by_length = np.argsort([len(p) + max(map(len, r)) for p, r in zip(prompts, responses, strict=True)], kind="stable")
     program = _score_program(model, mesh)
     for start in range(0, count, batch_size):

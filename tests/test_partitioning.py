@@ -10,6 +10,7 @@ from selfplay_jax.errors import UserError
 from selfplay_jax.partitioning import DECODE_RULES, make_mesh, spec
 
 ABSTRACT = AbstractMesh((2, 4), ("fsdp", "tensor"))
+THREE = AbstractMesh((2, 2, 2), ("replica", "fsdp", "tensor"))
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,31 @@ ABSTRACT = AbstractMesh((2, 4), ("fsdp", "tensor"))
 )
 def test_spec(axes, shape, expected):
     assert spec(axes, shape, ABSTRACT) == PartitionSpec(*expected)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("batch", None), (8, 5), (("replica", "fsdp"), None)),
+        (("batch", None), (6, 5), (None, None)),  # 4 does not divide 6
+        (("embed", "mlp"), (6, 6), ("fsdp", "tensor")),  # copied over the replicas
+    ],
+)
+def test_replicas_share_the_parameters_and_cut_the_batch(axes, shape, expected):
+    assert spec(axes, shape, THREE) == PartitionSpec(*expected)
+
+
+def test_rows_and_their_number():
+    mesh = make_mesh(2, 2, replica=2)
+    assert partitioning.data_shards(mesh) == 4
+    assert partitioning.rows(mesh).shard_shape((8, 3)) == (2, 3)
+
+
+def test_undivided_dimensions_are_listed():
+    mesh = make_mesh(4, 2)
+    axes = {"w": ("embed", "mlp"), "v": ("vocab", "embed")}
+    shapes = {"w": np.zeros((6, 8)), "v": np.zeros((7, 6))}
+    assert partitioning.undivided(axes, shapes, mesh) == {"embed": (6, "fsdp", 4), "vocab": (7, "tensor", 2)}
 
 
 def test_spec_needs_a_name_for_every_dimension():
@@ -58,29 +84,29 @@ def test_decode_rules_keep_weights_whole_over_fsdp_and_cut_over_tensor():
 )
 def test_make_mesh(sizes, expected):
     mesh = make_mesh(*sizes)
-    assert mesh.axis_names == ("fsdp", "tensor") and mesh.devices.shape == expected
+    assert mesh.axis_names == ("replica", "fsdp", "tensor") and mesh.devices.shape == (1, *expected)
     assert len({device.id for device in mesh.devices.flat}) == 8
 
 
 def test_make_mesh_over_some_of_the_devices():
-    assert make_mesh(-1, 2, jax.devices()[2:6]).devices.shape == (2, 2)
+    assert make_mesh(-1, 2, jax.devices()[2:6]).devices.shape == (1, 2, 2)
+    assert make_mesh(2, 2, replica=-1).devices.shape == (2, 2, 2)
 
 
 @pytest.mark.parametrize("sizes", [(3, 2), (-1, 3), (-1, -1), (0, 8), (-1, 0), (-2, -4), (16, 1), (4, 1), (-2, -1)])
 def test_sizes_that_do_not_fit_are_named(sizes):
-    with pytest.raises(UserError, match=r"mesh\.fsdp=.* and mesh\.tensor=.* do not fit 8 device") as error:
+    with pytest.raises(
+        UserError, match=r"mesh\.replica=1, mesh\.fsdp=.* and mesh\.tensor=.* do not fit 8 device"
+    ) as error:
         make_mesh(*sizes)
     assert f"mesh.fsdp={sizes[0]} " in str(error.value) and f"mesh.tensor={sizes[1]} " in str(error.value)
 
 
-def test_tree_and_batch_shardings():
+def test_tree_shardings():
     mesh = make_mesh(4, 2)
     tree = {"w": np.zeros((8, 6), np.float32), "b": np.zeros((3,), np.float32)}
     shardings = partitioning.tree_shardings({"w": ("embed", "mlp"), "b": ("norm",)}, tree, mesh)
     assert shardings["w"].spec == PartitionSpec("fsdp", "tensor") and shardings["b"].is_fully_replicated
-    rows = partitioning.batch_shardings({"x": tree["w"], "odd": tree["b"]}, mesh)
-    assert rows["x"].spec == PartitionSpec("fsdp", None) and rows["odd"].is_fully_replicated
-    assert partitioning.batch_shardings({"x": tree["w"].T}, mesh, axis=1)["x"].spec == PartitionSpec(None, "fsdp")
     assert partitioning.replicated(mesh).is_fully_replicated
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from selfplay_jax import partitioning
 from selfplay_jax.groups import pack
-from selfplay_jax.logprobs import greedy_logps
+from selfplay_jax.logprobs import by_rows, greedy_logps
 from selfplay_jax.models.decoder import Model, Params
 
 # Continuations that stand beside each other in a group, at most: by number, and by tokens (padding included).
@@ -47,9 +47,7 @@ class _Row(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _program(model: Model, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    rows = partitioning.NamedSharding(mesh, partitioning.PartitionSpec("fsdp"))
-    params = partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh)
-    return jax.jit(functools.partial(greedy_logps, model), in_shardings=(params, rows), out_shardings=rows)
+    return by_rows(model, mesh, greedy_logps)
 
 
 def likelihoods(
@@ -82,7 +80,7 @@ def likelihoods(
     result = Likelihoods(np.zeros(len(pairs), np.float32), np.zeros(len(pairs), bool))
     program = _program(model, mesh)
     rows = _rows(asked)
-    plan = _Plan(batch_size, mesh.shape["fsdp"], few=len(rows) <= _FEW * batch_size)
+    plan = _Plan(batch_size, partitioning.data_shards(mesh), few=len(rows) <= _FEW * batch_size)
     for batch in plan.batches(rows):
         count, prompt_width, columns, width = plan.sizes(batch)
         padded = [batch[i % len(batch)] for i in range(count)]
