@@ -150,6 +150,9 @@ case $command in
   # `up` too: what would refuse to start is refused before anything costs money.
   up | start | run) workdir=$(work_dir "$bucket" "${run_id:-$name}" "$workdir") || exit "$EX_USAGE" ;;
 esac
+case $command in
+  up | install) [[ -e $root/.git ]] || die "$root is no git checkout: what goes to the workers is what git tracks" ;;
+esac
 if [[ -z $DRY_RUN ]]; then need_program gcloud "see https://cloud.google.com/sdk/docs/install"; fi
 
 where=(--zone="$zone" --project="$project" --quiet)

@@ -74,7 +74,8 @@ start() {
 # environment of the program, read from Secret Manager with the VM's own service account.
 supervise() {
   state_of "$1"
-  local workdir=$2 code=0 child='' value
+  local workdir=$2 code=0 child='' asked='' value
+  trap 'asked=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
   shift 2
   while [[ $1 != -- ]]; do
     case $1 in
@@ -94,10 +95,10 @@ supervise() {
   done
   shift
   cd "$tree"
-  trap 'kill -TERM $child 2>/dev/null || true' TERM INT HUP
   export PYTHONUNBUFFERED=1
   .venv/bin/python -m selfplay_jax.main --workdir="$workdir" "$@" &
   child=$!
+  [[ -z $asked ]] || kill -TERM "$child"
   # A signal ends `wait` early: the program may still be saving.
   while :; do
     code=0
@@ -121,7 +122,7 @@ status() {
   local what=absent code=-
   if [[ -e $state/exit_code ]]; then
     what=exited code=$(cat "$state/exit_code")
-    if [[ $code == 75 && -e $state/stop_asked ]]; then what=stopped; fi
+    if [[ $code != 0 && $code != 1 && -e $state/stop_asked ]]; then what=stopped; fi # 143 where it had hardly begun
   elif alive; then
     what=running
   elif [[ -e $state/stop_asked ]]; then

@@ -9,12 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
 STUBS = pathlib.Path(__file__).parent / "stubs"
 HOSTILE = "a b; rm -rf ~ $(id) 'x' \"y\" `id` \\ * {é}"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def script(path: pathlib.Path, text: str) -> None:
@@ -87,6 +95,10 @@ class FakeCloud:
     def find(self, *words: str) -> list[list[str]]:
         """The calls that have all these words, as arguments or inside one."""
         return [call for call in self.calls if all(any(word in arg for arg in call) for word in words)]
+
+    def await_program(self, workers: int = 2, start: int = 1) -> None:
+        """Until the program waits for signals on all workers."""
+        wait_for(lambda: all((self.dir / f"ready.{worker}.{start}").exists() for worker in range(workers)))
 
     def argv(self, worker: int = 0, start: int = 1) -> list[str]:
         """What the program was started with."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fake_cloud import HOSTILE, FakeCloud
+from fake_cloud import HOSTILE, FakeCloud, wait_for
 
 CONFIG = ("--", "--config=configs/tpaw.py")
 MakeCloud = Callable[..., FakeCloud]
@@ -137,6 +137,7 @@ def test_picks_up_what_it_finds(cloud: MakeCloud) -> None:
     tpu = cloud(codes="hang")
     assert tpu.run("tpu_vm.sh", "up").returncode == 0
     assert tpu.run("tpu_vm.sh", "start", *CONFIG).returncode == 0
+    tpu.await_program()
     babysit = subprocess.Popen(
         tpu.command("babysit.sh", "--keep", *CONFIG), env=tpu.environment(), stderr=subprocess.PIPE
     )
@@ -153,13 +154,6 @@ def list_group(group: int) -> list[str]:
     return [row for row in rows.splitlines() if row.split()[0] == str(group) and not row.split()[1].startswith("Z")]
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_babysit_and_not_the_run(cloud: MakeCloud, number: signal.Signals, code: int) -> None:
     tpu = cloud(codes="hang")
@@ -172,8 +166,9 @@ def test_a_signal_ends_babysit_and_not_the_run(cloud: MakeCloud, number: signal.
         text=True,
         start_new_session=True,
     )
-    wait_for(lambda: (tpu.dir / "argv.1.1").exists())
-    time.sleep(0.3)
+    tpu.await_program()
+    wait_for(lambda: bool(tpu.find("worker.sh status")))
+    time.sleep(0.2)
     babysit.send_signal(number)
     output, errors = babysit.communicate(timeout=30)
     assert babysit.returncode == code

@@ -1,6 +1,7 @@
 """launch/tpu_vm.sh against a simulated Cloud TPU service."""
 
 import pathlib
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -118,6 +119,7 @@ def test_stop_saves_and_watch_says_so(cloud: MakeCloud) -> None:
     tpu = cloud(codes="hang")
     assert tpu.run("tpu_vm.sh", "up").returncode == 0
     assert tpu.run("tpu_vm.sh", "start", *CONFIG).returncode == 0
+    tpu.await_program()
     assert tpu.run("tpu_vm.sh", "start", *CONFIG).stdout.count("already running") == 2
     status = tpu.run("tpu_vm.sh", "status").stdout
     assert "slice demo: ACTIVE" in status and status.count(" running -") == 2
@@ -128,10 +130,20 @@ def test_stop_saves_and_watch_says_so(cloud: MakeCloud) -> None:
     assert "[worker 1] saving" in tpu.run("tpu_vm.sh", "logs").stdout
 
 
+def test_a_stop_right_after_the_start_is_not_lost(cloud: MakeCloud) -> None:
+    """The supervisor passes it on although it came before the program was there."""
+    tpu = cloud(codes="hang")
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    assert tpu.run("tpu_vm.sh", "start", *CONFIG).returncode == 0
+    assert tpu.run("tpu_vm.sh", "stop").returncode == 0
+    assert tpu.run("tpu_vm.sh", "watch").returncode == 77
+
+
 def test_stop_by_force(cloud: MakeCloud) -> None:
     tpu = cloud(codes="stuck")
     assert tpu.run("tpu_vm.sh", "up").returncode == 0
     assert tpu.run("tpu_vm.sh", "start", *CONFIG).returncode == 0
+    tpu.await_program()
     patient = tpu.run("tpu_vm.sh", "stop", "--grace=0")
     assert patient.returncode == 69 and "still running on worker(s) 0 1" in patient.stderr
     assert tpu.run("tpu_vm.sh", "stop", "--grace=0", "--force").returncode == 0
@@ -167,6 +179,7 @@ def test_a_worker_that_lost_the_program_means_again(cloud: MakeCloud) -> None:
     tpu = cloud(codes="hang")
     assert tpu.run("tpu_vm.sh", "up").returncode == 0
     assert tpu.run("tpu_vm.sh", "start", *CONFIG).returncode == 0
+    tpu.await_program()
     pid = (tpu.dir / "vms/w1/.selfplay_jax/demo/pid").read_text().strip()
     subprocess.run(["kill", "-KILL", "--", f"-{pid}"], check=True)
     watch = tpu.run("tpu_vm.sh", "watch")
@@ -274,6 +287,13 @@ def test_changes_of_the_checkout_are_installed(cloud: MakeCloud) -> None:
     assert (tree / "launch/README.md").read_text() == "changed\n" and not (tree / "launch/new.txt").exists()
     assert tpu.run("tpu_vm.sh", "install", "--revision=HEAD").returncode == 0
     assert (tree / "launch/README.md").read_text() != "changed\n"
+
+
+def test_only_a_git_checkout_can_be_installed(cloud: MakeCloud) -> None:
+    tpu = cloud()
+    shutil.rmtree(tpu.repo / ".git")
+    up = tpu.run("tpu_vm.sh", "up")
+    assert up.returncode == 64 and "is no git checkout" in up.stderr and not tpu.calls
 
 
 def test_cost(cloud: MakeCloud) -> None:

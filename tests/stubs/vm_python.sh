@@ -13,10 +13,12 @@ echo "worker $STUB_WORKER start $count"
 case $code in
   hang)
     trap 'echo saving; exit 75' TERM
+    touch "$STUB_DIR/ready.$STUB_WORKER.$count"
     while :; do sleep 0.05; done
     ;;
   stuck)
     trap '' TERM
+    touch "$STUB_DIR/ready.$STUB_WORKER.$count"
     while :; do sleep 0.05; done
     ;;
 esac
