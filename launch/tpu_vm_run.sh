@@ -4,15 +4,22 @@
 
 remote() { quoted bash selfplay_jax/launch/worker.sh "$@"; }
 
+# Workers on which the program runs already do nothing, so that a start may be repeated.
 do_start() {
+  local tries code line
+  line=$(remote start "$name" "$workdir" ${worker_options[@]+"${worker_options[@]}"} -- "${program_args[@]}")
   say "$name: run in $workdir"
-  SHOW=run on all "$(remote start "$name" "$workdir" ${worker_options[@]+"${worker_options[@]}"} -- "${program_args[@]}")" && return
-  local code=$?
-  if [[ $(health) == lost ]]; then
-    say "$name was taken away before the program started"
-    exit "$EX_AGAIN"
-  fi
-  say "the program could not be started on all workers (code $code)"
+  for tries in 1 2 3; do
+    code=0
+    SHOW=run on all "$line" || code=$?
+    ((code != 0)) || return 0
+    if [[ $(health) == lost ]]; then
+      say "$name was taken away before the program started"
+      exit "$EX_AGAIN"
+    fi
+    say "the program could not be started on all workers (code $code, try $tries of 3)"
+    sleep "$poll"
+  done
   exit "$EX_SETUP"
 }
 

@@ -159,6 +159,8 @@ def test_stop_by_force(cloud: MakeCloud) -> None:
         ({"waiting": ["WAITING_FOR_RESOURCES"]}, "up --wait-timeout=1", 73, "no capacity within 1 s"),
         ({"lost": "install"}, "up", 75, "taken away during the installation"),
         ({"install": 2}, "up", 69, "the installation failed"),
+        ({"lost": "start"}, "run", 75, "taken away before the program started"),
+        ({"half": 3}, "run", 69, "could not be started on all workers (code 255, try 3 of 3)"),
         ({"lost": "run:3"}, "run", 75, "taken away"),
         ({"deaf": 99}, "run --unreachable=3", 69, "0 of 2 workers answer"),
     ],
@@ -184,6 +186,14 @@ def test_a_worker_that_lost_the_program_means_again(cloud: MakeCloud) -> None:
     subprocess.run(["kill", "-KILL", "--", f"-{pid}"], check=True)
     watch = tpu.run("tpu_vm.sh", "watch")
     assert watch.returncode == 75 and "gone from worker(s) 1" in watch.stderr
+
+
+def test_a_start_that_reached_some_workers_is_repeated(cloud: MakeCloud) -> None:
+    tpu = cloud(lives=[{"half": 2}], codes="hang")
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    start = tpu.run("tpu_vm.sh", "start", *CONFIG)
+    assert start.returncode == 0 and "worker 0: already running\nworker 1: started" in start.stdout
+    assert not (tpu.dir / "argv.0.2").exists()
 
 
 def test_unanswered_questions_are_asked_again(cloud: MakeCloud) -> None:

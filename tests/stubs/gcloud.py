@@ -3,9 +3,10 @@
 The script is {"workers": N, "lives": [LIFE, ...]}: each created slice is one life, the last one repeats. A life has
   create    exit code of the creation; with "message", what is printed
   waiting   states of the request, one per question; the last one stays. Default ["ACTIVE"]
-  lost      "install", "run:N" or "end": taken away on the installation, on the Nth status question, or as soon as the
-            program has ended on all workers and was asked for its exit code
+  lost      "install", "start", "run:N" or "end": taken away on the installation, the start, the Nth status question, or
+            as soon as the program has ended on all workers and was asked for its exit code
   install   exit code of the installation
+  half      how many first starts reach worker 0 only
   deaf      how many first status questions stay unanswered
 VMs are directories; what ssh would run there is run by bash, with an environment of its own, as sshd would.
 """
@@ -38,7 +39,14 @@ class Slice:
         return [STUB / "vms" / f"w{worker}" for worker in range(self.script["workers"])]
 
     def create(self):
-        self.state = {"life": self.state["life"] + 1, "exists": True, "asked": 0, "polls": 0, "lost": False}
+        self.state = {
+            "life": self.state["life"] + 1,
+            "exists": True,
+            "asked": 0,
+            "polls": 0,
+            "starts": 0,
+            "lost": False,
+        }
         code = self.life.get("create", 0)
         if code:
             self.state["exists"] = False
@@ -85,6 +93,15 @@ class Slice:
                 return 255
             if self.life.get("install"):
                 return self.life["install"]
+        if "worker.sh start" in command:
+            if lost == "start":
+                self.end(exists=True)
+                return 255
+            self.state["starts"] += 1
+            self.save()
+            if self.state["starts"] <= self.life.get("half", 0):
+                on_vm(self.homes[0], command)
+                return 255
         homes = self.homes if workers == "all" else [self.homes[int(workers)]]
         codes = [on_vm(home, command) for home in homes]
         ended = all((home / ".selfplay_jax/demo/exit_code").exists() for home in homes)
