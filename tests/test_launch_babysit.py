@@ -1,5 +1,6 @@
 """launch/babysit.sh against a simulated Cloud TPU service: what is retried, how often, and what ends it."""
 
+import contextlib
 import pathlib
 import signal
 import subprocess
@@ -148,10 +149,14 @@ def test_picks_up_what_it_finds(cloud: MakeCloud) -> None:
     assert creations(tpu) == 1 and deletions(tpu) == 0 and not (tpu.dir / "argv.0.2").exists()
 
 
-def list_group(group: int) -> list[str]:
-    """Processes of a process group that are not merely waiting to be reaped."""
-    rows = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
-    return [row for row in rows.splitlines() if row.split()[0] == str(group) and not row.split()[1].startswith("Z")]
+def group_lives(group: int) -> bool:
+    """Whether a process group has processes that are not merely waiting to be reaped."""
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                return True
+    return False
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -175,7 +180,7 @@ def test_a_signal_ends_babysit_and_not_the_run(cloud: MakeCloud, number: signal.
     assert "slice demo: ACTIVE" in output and output.count(" running ") == 2
     assert "ends the run" in errors and "the costs" in errors
     assert deletions(tpu) == 0
-    wait_for(lambda: not list_group(babysit.pid))
+    wait_for(lambda: not group_lives(babysit.pid))
 
 
 def test_a_signal_during_a_pause(cloud: MakeCloud) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from fake_cloud import ROOT
+from fake_cloud import ROOT, script
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.rglob("*.sh"))
@@ -51,6 +51,45 @@ def test_every_launcher_refuses_an_empty_command_line_kindly() -> None:
             assert "usage: launch/" in done.stdout, path.name
         else:
             assert done.returncode == 64 and "error: " in done.stderr.splitlines()[-1], path.name
+
+
+@pytest.mark.parametrize(
+    ("version_ok", "has_venv", "wanted", "python"),
+    [
+        (True, True, [], "/python3"),
+        (True, False, ["sudo apt-get", "python3-venv"], "/python3"),
+        (
+            False,
+            True,
+            ["python3 -m pip -q install --user uv==", "python3 -m uv python install 3.12"],
+            "/from/uv/python3.12",
+        ),
+    ],
+)
+def test_a_vm_gets_a_python_that_is_new_enough(
+    tmp_path: pathlib.Path, version_ok: bool, has_venv: bool, wanted: list[str], python: str
+) -> None:
+    """worker.sh install, on a machine that has nothing but what is put here."""
+    for name in ("bash", "sh", "dirname", "env", "sed"):
+        found = shutil.which(name)
+        assert found
+        (tmp_path / name).symlink_to(found)
+    for name in ("make", "sudo", "hostname"):
+        script(tmp_path / name, f'#!/bin/sh\necho "{name} $*" >>{tmp_path}/log\necho t1v-w-0\n')
+    checks = f"""case "$*" in
+      *ensurepip*) exit {0 if version_ok and has_venv else 1} ;;
+      *version_info*) exit {0 if version_ok else 1} ;;
+      *"uv python find"*) echo /from/uv/python3.12 ;;
+    esac"""
+    script(tmp_path / "python3", f'#!/bin/sh\necho "python3 $*" >>{tmp_path}/log\n{checks}\n')
+    done = subprocess.run(
+        [LAUNCH / "worker.sh", "install"], capture_output=True, text=True, env={"PATH": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "log").read_text()
+    assert re.search(rf"^make -C .* setup TPU=1 PYTHON=\S*{re.escape(python)}$", log, re.MULTILINE), log
+    assert all(words in log for words in wanted)
+    assert ("sudo" in log) == ("sudo apt-get" in wanted)
 
 
 README = (LAUNCH / "README.md").read_text()
