@@ -8,6 +8,7 @@
 #   --gpus=G                   share the machine's G GPUs out, G/N to each process (CUDA_VISIBLE_DEVICES)
 #   --port=P                   of the coordinator; default a free one
 #   --grace=SECONDS            how long the others may take to end after one has failed, then SIGKILL; default 60
+#   --settle=SECONDS           how long after a 75 or 76, whose cause may be another process, the others go on; default 5
 #   --program=COMMAND          another command line in place of `python -m selfplay_jax.main`, read by a shell
 #   --dry-run                  print each command and run none
 #
@@ -19,7 +20,7 @@ launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 source "$launch/common.sh"
 
-n='' devices='' gpus='' port='' grace=60 program=''
+n='' devices='' gpus='' port='' grace=60 settle=5 program=''
 while (($#)); do
   case $1 in
     -h | --help)
@@ -36,6 +37,7 @@ while (($#)); do
     --gpus=*) gpus=${1#*=} ;;
     --port=*) port=${1#*=} ;;
     --grace=*) grace=${1#*=} ;;
+    --settle=*) settle=${1#*=} ;;
     --program=*) program=${1#*=} ;;
     --dry-run) DRY_RUN=1 ;;
     --)
@@ -50,6 +52,7 @@ need -n "$n" "how many processes, for example -n 2"
 check_count -n "$n"
 ((n > 0)) || die "-n=0: at least one process"
 check_count --grace "$grace"
+check_count --settle "$settle"
 [[ -z $devices ]] || check_count --devices-per-process "$devices"
 [[ -z $port ]] || check_count --port "$port"
 if [[ $gpus ]]; then
@@ -138,11 +141,11 @@ for ((i = 0; i < n; i++)); do
   pids[i]=$! state[i]=running
 done
 
-failed='' again='' deadline=''
-# collect: notes who has ended since the last time. Who fails in the same moment as the first to fail: a code that is no
-# mere consequence (75, 76) goes first.
+failed='' again='' tell_at='' deadline=''
+# collect: notes who has ended since the last time, and ends the others when one has ended badly. 75 and 76 have causes
+# elsewhere, which may show a moment later; what ends by our own signals is no cause.
 collect() {
-  local j code now_failed=''
+  local j code
   left=0
   for ((j = 0; j < n; j++)); do
     [[ ${state[j]} == running ]] || continue
@@ -153,20 +156,24 @@ collect() {
     code=0
     wait "${pids[j]}" || code=$?
     state[j]=$code
-    case $code in
-      0) continue ;;
-      "$EX_AGAIN") again=$code ;;
-      "$EX_PEER") now_failed=${now_failed:-$code} ;;
-      *) [[ $now_failed && $now_failed != "$EX_PEER" ]] || now_failed=$code ;;
-    esac
+    [[ $code != 0 ]] || continue
     say "process $j ended with code $code"
+    if [[ $code == "$EX_AGAIN" ]]; then
+      again=$code
+    elif [[ $code == "$EX_PEER" ]]; then
+      failed=${failed:-$code}
+    elif [[ -z $deadline || $code != 137 && $code != 143 ]]; then
+      if [[ -z $failed || $failed == "$EX_PEER" ]]; then failed=$code; fi
+    fi
+    tell_at=${tell_at:-$((SECONDS + settle))}
   done
-  failed=${failed:-$now_failed}
-  if [[ $failed$again && -z $deadline ]] && ((left > 0)); then
+  ((left > 0)) || return 0
+  if [[ $failed && $failed != "$EX_PEER" ]]; then tell_at=$SECONDS; fi
+  if [[ $tell_at && -z $deadline ]] && ((SECONDS >= tell_at)); then
     deadline=$((SECONDS + grace))
     say "telling the $left others to end; they have $grace s"
     tell_all TERM
-  elif [[ $deadline ]] && ((left > 0 && SECONDS >= deadline)); then
+  elif [[ $deadline ]] && ((SECONDS >= deadline)); then
     say "killing the $left that are left"
     tell_all KILL
     deadline=$((SECONDS + grace))

@@ -1,6 +1,6 @@
 """A stand-in for the program under local.sh: writes down what it got, and ends as $PLAY says, one word per process.
 
-A number is an exit code. save: until SIGTERM, then 75. deaf: until SIGKILL. crash: SIGABRT.
+A number is an exit code. save: until SIGTERM, then 75. wait: until SIGTERM. deaf: until SIGKILL. crash: SIGABRT.
 parent: deaf, with a child.
 """
 
