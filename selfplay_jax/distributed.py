@@ -319,24 +319,18 @@ def own_rows(sharding: Sharding, rows: int) -> np.ndarray | None:
 
 def to_host(tree: Any) -> Any:
     """The values of (global) arrays on every process, NumPy; all processes must come here."""
-    if _job.count > 1:
-        tree = jax.tree.map(lambda leaf: leaf if _readable(leaf) else whole(leaf), tree)
+    if any(not _readable(leaf) for leaf in jax.tree.leaves(tree)):
+        tree = jax.jit(_same, out_shardings=jax.tree.map(_everywhere, tree))(tree)
     return jax.device_get(tree)
-
-
-def whole(leaf: jax.Array) -> jax.Array:
-    """The array with every device holding all of it."""
-    sharding = leaf.sharding
-    assert isinstance(sharding, NamedSharding)
-    return _replicate(leaf, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _readable(leaf: Any) -> bool:
     return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
-def _replicate(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-    return jax.jit(_same, out_shardings=sharding)(leaf)
+def _everywhere(leaf: jax.Array) -> NamedSharding:
+    assert isinstance(leaf.sharding, NamedSharding)
+    return NamedSharding(leaf.sharding.mesh, PartitionSpec())
 
 
 def _same(tree: Any) -> Any:
