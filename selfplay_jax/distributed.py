@@ -280,12 +280,12 @@ class Stop:
         if _job.count == 1:
             return self._asked()
         self._points += 1
-        key = "selfplay/stop_at"
+        folder = "selfplay/stop_at"
         if self._at is None and is_lead() and self.known():
             self._at = self._points + 1
-            _job.store.key_value_set(key, str(self._at))
+            _job.store.key_value_set(f"{folder}/step", str(self._at))
         elif self._at is None and not is_lead():
-            found = _job.store.key_value_dir_get("selfplay/stop_at")
+            found = _job.store.key_value_dir_get(folder)
             self._at = int(found[0][1]) if found else None
         return self._at is not None and self._points >= self._at
 

@@ -64,7 +64,7 @@ class Watch:
         """Ends the process: by the verdict on a peer where an error looks like its death, else with the traceback."""
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if re.search(_LOST, text):
-            time.sleep(_DEAD_S + 2 * _BEAT_S)  # `_end` comes from a thread
+            time.sleep(_DEAD_S + 10 * _BEAT_S)  # `_end` comes from a thread
         self._say({"sentence": f"process {self._index} of {self._count} failed ({text}); {_AGAIN}", "code": PEER_DIED})
         traceback.print_exception(error)
         self._end("", 1)
