@@ -29,7 +29,6 @@ FREE_FIELDS = (
     "mesh.replica",
     "mesh.fsdp",
     "mesh.tensor",
-    "sampling.sharded_weights",
 )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import tempfile
 import uuid
 from typing import Any
@@ -80,6 +81,11 @@ class Game:
         mesh = distributed.local_mesh(self.mesh)
         return model, distributed.localise(distributed.place(params, shardings), mesh), mesh
 
+    def exported(self, name: str) -> bool:
+        """Whether WORKDIR/hf/NAME is there, whole."""
+        path = self.workdir / "hf" / name
+        return distributed.agree(lambda: path.exists() and any(path.glob("*config.json")))
+
     def export(self, params: Params, name: str) -> epath.Path:
         """Writes WORKDIR/hf/NAME: a model directory, or under LoRA with `lora.export=peft` the adapters alone."""
         path = self.workdir / "hf" / name
@@ -99,17 +105,20 @@ class Game:
             save_hf(path, model, params, source=self.source, dtype=dtype, chat_template=template)
 
     def _export_by_way_of_here(self, params: Params, name: str, path: epath.Path) -> epath.Path:
-        """An export on an object store: written to a local disk and copied, config.json last."""
+        """An export on an object store: written to a local disk and copied, its *config.json last."""
         with tempfile.TemporaryDirectory(prefix="selfplay_jax_export_") as folder:
             local = epath.Path(folder) / name
             self._export(params, local)
 
             def copy() -> None:
+                if path.exists():
+                    path.rmtree()
                 files = sorted(file for file in pathlib.Path(local).rglob("*") if file.is_file())
-                for file in sorted(files, key=lambda file: file.name == "config.json"):
+                for file in sorted(files, key=lambda file: file.name.endswith("config.json")):
                     there = path / str(file.relative_to(local))
                     there.parent.mkdir(parents=True, exist_ok=True)
-                    epath.Path(file).copy(there, overwrite=True)
+                    with file.open("rb") as source, there.open("wb") as target:
+                        shutil.copyfileobj(source, target, 2**24)
 
             distributed.agree(copy)
         return path

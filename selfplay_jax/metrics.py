@@ -35,8 +35,8 @@ class MetricsWriter:
     written anew from the rows that were kept, so TensorBoard shows every step once however often the run was
     killed. Of several processes the lead writes.
 
-    On an object store (gs://, s3://), which cannot append, both files are written whole every 15 seconds and at the
-    end: a kill loses the rows since, and the resumed run brings back those after `resume_step`.
+    On an object store (gs://, s3://), which cannot append, both files are written whole every 15 seconds, by `flush`
+    and at the end; a kill loses the rows since.
 
     Args:
       dir: a directory, made when missing.

@@ -208,9 +208,9 @@ def export(game: Game) -> None:
     """Writes the Hugging Face directories that the run leaves: the last policy, or the best one."""
     if game.config.export == "every":  # of a run that was asked for less while it ran: what is still there
         for index in game.checkpoints.players():
-            path = game.workdir / "hf" / f"theta_{index:03d}"
-            if not distributed.agree(path.exists):
-                say(f"exported player {index} to {game.export(game.player(index), f'theta_{index:03d}')}")
+            name = f"theta_{index:03d}"
+            if not game.exported(name):
+                say(f"exported player {index} to {game.export(game.player(index), name)}")
     wanted = {"final": game.config.rounds, "best": game.checkpoints.best()}.get(game.config.export)
     if wanted is not None:
         path = game.export(game.player(wanted), game.config.export)

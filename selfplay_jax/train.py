@@ -281,6 +281,7 @@ def train(
         for number in range(start, len(steps)):
             stopping = should_stop()
             if number > start and (stopping or number % settings.checkpoint_every == 0):
+                writer.flush()  # before the state: what is resumed from it never lacks rows
                 checkpoints.save_state(base + number, state, loader.get_state())
             if stopping:
                 raise Stopped
@@ -289,6 +290,7 @@ def train(
             state, row = _one_step(parts, state, frozen, batch, float(rates[number]))
             if not row.pop("finite"):
                 if number > start:
+                    writer.flush()
                     checkpoints.save_state(base + number, state, position)
                 raise UserError(
                     f"the loss is not finite at step {number + 1} of {name} (loss {row['loss']}, gradient norm "

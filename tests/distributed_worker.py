@@ -1,4 +1,4 @@
-"""One process of a small job, without a game: `distributed_worker.py TASK PORT COUNT INDEX`. See test_distributed.py."""
+"""A process of a small job, no game: `distributed_worker.py TASK PORT COUNT INDEX FOLDER`; see test_distributed.py."""
 
 import json
 import sys
@@ -99,10 +99,29 @@ def bug():
     distributed.barrier("never")
 
 
-def run(task, port, count, index):
+def tokens(own=""):
+    """The cache of tokens, in a folder that the processes share, or in one of each."""
+    from selfplay_jax.data import builtin, cache
+    from selfplay_jax.data.templates import Template, load_tokenizer
+
+    written, write = [], cache._write
+    cache._write = lambda *args: written.append(1) or write(*args)
+    template = Template.from_tokenizer(load_tokenizer(str(builtin.BASE)), "auto", stop_ids=(1,))
+    examples = builtin.examples("train", 20, 0)
+    folder = f"{FOLDER}/cache_{distributed.index() if own else ''}"
+    limits = {"max_prompt_tokens": 16, "max_response_tokens": 32, "overlong": "drop"}
+    records, _ = cache.encode(examples, template, folder, **limits)
+    again, _ = cache.encode(examples, template, folder, **limits)
+    assert records == again
+    say(written=len(written), tokens=[record.target for record in records])
+
+
+def run(task, port, count, index, folder, *more):
+    global FOLDER
+    FOLDER = folder
     try:
         distributed.initialise("auto", f"127.0.0.1:{port}", int(count), int(index))
-        globals()[task]()
+        globals()[task](*more)
     except UserError as error:
         return distributed.leave(1, str(error))
     except Stopped:

@@ -72,9 +72,10 @@ def codes(processes, seconds=240):
 
 
 @contextlib.contextmanager
-def small_job(task, count, folder):
+def small_job(task, count, folder, *more):
     def command(port, index):
-        return [sys.executable, str(ROOT / "tests/distributed_worker.py"), task, str(port), str(count), str(index)]
+        numbers = [str(port), str(count), str(index)]
+        return [sys.executable, str(ROOT / "tests/distributed_worker.py"), task, *numbers, str(folder), *more]
 
     with job(command, count, folder, env=environment(2)) as processes:
         yield processes
@@ -104,7 +105,16 @@ def test_they_agree_and_share(tmp_path):
     assert first["own"] == [True] * 4 + [False] * 4 and second["own"] == [False] * 4 + [True] * 4
 
 
-@pytest.mark.parametrize("number, whom", [
+@pytest.mark.parametrize("own", [False, True])
+def test_tokens_are_kept_once_where_the_folder_is_shared(tmp_path, own):
+    with small_job("tokens", 2, tmp_path, *(["own"] if own else [])) as processes:
+        assert codes(processes) == [0, 0], text(tmp_path, "err", 1)
+    written = [said(tmp_path, index)[-1]["written"] for index in range(2)]
+    assert written == [1, 1 if own else 0]  # the lead writes; the other does where it cannot see what the lead wrote
+    assert all(said(tmp_path, index)[-1]["tokens"] == said(tmp_path, 0)[-1]["tokens"] for index in range(2))
+
+
+@pytest.mark.parametrize(("number", "whom"), [
     (signal.SIGTERM, (0,)), (signal.SIGTERM, (1,)), (signal.SIGTERM, (0, 1)), (signal.SIGINT, (0, 1)),
 ])  # fmt: skip
 def test_a_signal_to_some_stops_all_at_the_same_step(tmp_path, number, whom):
@@ -140,7 +150,7 @@ def test_one_that_dies_takes_the_others_down_by_name(tmp_path, task, victim):
         assert "Traceback" not in text(tmp_path, "err", index)
 
 
-@pytest.mark.parametrize("task, code, sentence", [
+@pytest.mark.parametrize(("task", "code", "sentence"), [
     ("error", 1, "process 1 of 3 ended: the disk of this host is full"),
     ("bug", 76, "process 1 of 3 failed (KeyError: 'no such thing'); the job ends"),
 ])  # fmt: skip
@@ -151,7 +161,7 @@ def test_an_error_of_one_ends_the_others_with_its_reason(tmp_path, task, code, s
     assert ("Traceback" in text(tmp_path, "err", 1)) == (task == "bug")
 
 
-@pytest.mark.parametrize("variables, count", [
+@pytest.mark.parametrize(("variables", "count"), [
     ({}, 1),
     ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
     ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 4),
@@ -170,7 +180,7 @@ def test_what_the_environment_tells(monkeypatch, variables, count):
     assert distributed.environment_processes() == count
 
 
-@pytest.mark.parametrize("flags, wrong", [
+@pytest.mark.parametrize(("flags", "wrong"), [
     (["--coordinator=host:1234"], "go together"),
     (["--coordinator=host:1234", "--num_processes=2"], "go together"),
     (["--coordinator=host", "--num_processes=2", "--process_id=0"], "--coordinator=host must read HOST:PORT"),
@@ -211,8 +221,8 @@ _GAME = [
     "--config=configs/tpaw.py", "--config.rounds=2", "--config.data.examples=24", "--config.data.test_examples=9",
     "--config.data.validation_examples=8", "--config.samples_per_prompt=2", "--config.opponents_per_prompt=1",
     "--config.sft.epochs=2", "--config.sft.batch_size=8", "--config.sft.learning_rate=3e-3",
-    "--config.train.epochs=2", "--config.train.batch_size=8", "--config.train.learning_rate=3e-3",
-    "--config.train.eps=1e-2", "--config.train.checkpoint_every=2", "--config.sampling.chunk=6",
+    "--config.train.epochs=2", "--config.train.batch_size=8", "--config.train.learning_rate=1e-3",
+    "--config.train.eps=1e-2", "--config.loss.lam=1", "--config.train.checkpoint_every=2", "--config.sampling.chunk=6",
     "--config.sampling.slots=8", "--config.scoring.chunk=12", "--config.scoring.batch_size=8",
     "--config.evaluation.samples_per_prompt=1", "--config.evaluation.run=sampled,likelihood",
     "--config.evaluation.batch_size=8",
@@ -230,7 +240,7 @@ def game(workdir, count, devices, folder, caches, *more):
     folder.mkdir(exist_ok=True)
 
     def command(port, index):
-        arguments = [*_GAME, f"--workdir={workdir}", f"--config.data.cache={workdir}_cache", *more]
+        arguments = [*_GAME, f"--workdir={workdir}", *more]
         if count > 1:
             arguments += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
         return [sys.executable, "-m", "selfplay_jax.main", *arguments]
@@ -270,7 +280,7 @@ def assert_same_run(workdir, single):
         assert list(scores) == list(others)
         for name in scores:
             for key in scores[name]:
-                np.testing.assert_allclose(scores[name][key], others[name][key], atol=2e-3)
+                np.testing.assert_allclose(scores[name][key], others[name][key], atol=1e-3)
     for part in ("sft", "rounds/000", "rounds/001"):
         assert steps_of(workdir, part) == list(range(1, 7)), f"{part}: a step is missing or doubled"
     mine, theirs = (safetensors.numpy.load_file(run / "hf/final/model.safetensors") for run in (workdir, single))
@@ -284,7 +294,7 @@ def assert_same_run(workdir, single):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, devices, more", [
+@pytest.mark.parametrize(("count", "devices", "more"), [
     (2, 2, []),
     (4, 2, []),
     (4, 1, ["--config.mesh.tensor=2"]),  # the tensor axis lies across processes: they sample together
@@ -293,7 +303,6 @@ def test_several_processes_play_the_game_of_one(tmp_path, caches, single, count,
     workdir = tmp_path / "run"
     play(workdir, count, devices, tmp_path / "log", caches, *more)
     assert_same_run(workdir, single)
-    assert len(list(pathlib.Path(f"{workdir}_cache").iterdir())) == 3  # train, validation and test: the lead wrote them
 
 
 def lines(file):

@@ -31,6 +31,15 @@ def generate_shared(
     alone would draw. `on_progress` counts as though the others were as far.
     """
     count = distributed.count()
+    told = 0
+
+    def advance(done: int) -> None:
+        nonlocal told
+        assert on_progress is not None
+        done = min(done * count, len(prompts) * samples_per_prompt - told)
+        told += done
+        on_progress(done)
+
     if not distributed.is_local(mesh) or not prompts:
         return generate(
             model, params, prompts, mesh=mesh, max_new_tokens=max_new_tokens, prompt_ids=prompt_ids,
@@ -49,7 +58,7 @@ def generate_shared(
             prompt_ids=[ids[i] for i in ours],
             samples_per_prompt=samples_per_prompt,
             max_prompt_tokens=max_prompt_tokens or max(map(len, prompts)),
-            on_progress=None if on_progress is None else lambda done: on_progress(done * count),
+            on_progress=None if on_progress is None else advance,
             **settings,
         )
     )
