@@ -6,7 +6,8 @@ processes talk through the key-value store of jax.distributed's coordination ser
 """
 
 import json
-import os
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,8 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from selfplay_jax.environment import processes
 from selfplay_jax.errors import Stopped, UserError
-from selfplay_jax.watch import Watch
+from selfplay_jax.watch import Watch, on_abort
 
 T = TypeVar("T")
 
@@ -72,7 +74,7 @@ def initialise(mode: str = "auto", coordinator: str = "", num_processes: int = 0
     given = [bool(coordinator), num_processes > 0, process_id >= 0]
     if mode not in ("auto", "on", "off"):
         raise UserError(f"--distributed={mode} is not one of auto, on, off.")
-    if mode == "off" or (not any(given) and mode == "auto" and environment_processes() < 2):
+    if mode == "off" or (not any(given) and mode == "auto" and processes() < 2):
         return
     if any(given) and not all(given):
         raise UserError("--coordinator=HOST:PORT, --num_processes=N and --process_id=I go together: give all three.")
@@ -100,6 +102,10 @@ def _connect(where: dict[str, Any]) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # jax's preemption service would take SIGTERM for itself; `Stop` does what it does, for Ctrl-C too.
     jax.config.update("jax_enable_preemption_service", False)
+    missing = f"not all processes of the job came within {_WAIT_FOR_PEERS_S} s; start the same command on all of them"
+    on_abort(lambda: missing)
+    patience = threading.Timer(10.0, print, ["waiting for the other processes of the job"], {"file": sys.stderr})
+    patience.start()
     try:
         jax.distributed.initialize(
             **where,
@@ -111,6 +117,8 @@ def _connect(where: dict[str, Any]) -> None:
         said = " ".join(str(error).split())[:300]
         flags = "--coordinator=HOST:PORT --num_processes=N --process_id=I"
         raise UserError(f"the processes of the job did not find each other ({said}): check {flags}.") from error
+    finally:
+        patience.cancel()
     from jax._src import distributed  # the store has no public name yet; Orbax takes it from here too
 
     state = distributed.global_state
@@ -120,46 +128,14 @@ def _connect(where: dict[str, Any]) -> None:
         _job.watch.start()
 
 
-def environment_processes() -> int:
-    """How many processes the environment tells of: Cloud TPU or GKE (hosts x slices), Slurm, Open MPI; else 1."""
-    slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
-    hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
-    if hosts:
-        return len(hosts.split(",")) * slices
-    if "SLURM_STEP_NODELIST" in os.environ and "SLURM_PROCID" in os.environ:
-        return int(os.environ.get("SLURM_NTASKS") or 1)
-    if "OMPI_COMM_WORLD_SIZE" in os.environ:
-        return int(os.environ["OMPI_COMM_WORLD_SIZE"])
-    return _tpu_vm_hosts() * slices
-
-
-def _tpu_vm_hosts() -> int:
-    """How many hosts the slice of this Cloud TPU VM has, from the metadata server; 1 on other machines."""
-    import importlib.util
-    import pathlib
-    import urllib.request
-
-    chips = [*pathlib.Path("/dev").glob("accel*"), *pathlib.Path("/dev").glob("vfio/[0-9]*")]
-    if not chips or importlib.util.find_spec("libtpu") is None or "TPU_SKIP_MDS_QUERY" in os.environ:
-        return 1
-    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
-    url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
-    try:
-        request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return len(answer.read().decode().split(","))
-    except OSError:
-        return 1
-
-
 def leave(code: int, sentence: str = "") -> int:
-    """The last call of a process: returns `code` once the job has ended in good order.
+    """The last call of a process: returns `code` once all processes are here.
 
-    Code 1 tells the others `sentence` and ends this process at once, for they may wait for it anywhere.
+    With a `sentence` it ends at once and they with it, wherever they wait: they say it, and end with the same code.
     """
     if _job.watch is None:
         return code
-    if code == 1:
+    if sentence:
         _job.watch.farewell(sentence, code)
     barrier("end")
     _job.watch.stop()

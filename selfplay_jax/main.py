@@ -23,6 +23,7 @@ from selfplay_jax.config import flat, unknown_field
 from selfplay_jax.errors import Stopped, UserError
 
 RESUMABLE = 75  # EX_TEMPFAIL: what launchers take for "run it again"
+_GO_ON = "stopped; run the same command to go on"
 
 
 def read_flags(argv: Sequence[str]) -> tuple[Any, str]:
@@ -144,9 +145,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return distributed.leave(1, str(error))
-    except (Stopped, KeyboardInterrupt):
-        print("stopped; run the same command to go on", file=sys.stderr)
+    except Stopped:
+        print(_GO_ON, file=sys.stderr)
         return distributed.leave(RESUMABLE)
+    except KeyboardInterrupt:  # the second Ctrl-C
+        print(_GO_ON, file=sys.stderr)
+        return distributed.leave(RESUMABLE, "interrupted")
     except Exception as error:
         distributed.failed(error)
         raise

@@ -43,7 +43,7 @@ class Watch:
 
     def start(self) -> None:
         """Begins to watch."""
-        self._catch_abort()
+        on_abort(self._explain_abort)
         for work in (self._beat, self._judge):
             threading.Thread(target=work, daemon=True, name=f"watch{work.__name__}").start()
 
@@ -130,28 +130,17 @@ class Watch:
             return
 
     def _end(self, sentence: str, code: int) -> None:
-        """Ends the process from any thread, whatever the main one waits for."""
         if not self._ending.acquire(blocking=False):
-            time.sleep(3600)
-        if sentence:
-            cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar may have hidden it
-            os.write(2, f"{cursor}{sentence}\n".encode())
+            time.sleep(3600)  # another thread is at it
         if self._index == 0:
             time.sleep(_GOODBYE_S)
-        sys.stdout.flush()
-        os._exit(code)
+        end(sentence, code)
 
-    def _catch_abort(self) -> None:
-        """The runtime aborts as soon as the lead's service is gone: its abort ends like any other death of a peer."""
-        libc = ctypes.CDLL(None)
-
-        def aborted(number: int) -> None:
-            libc.signal(number, 0)  # the next one is real
-            if self._index and not self._over.is_set() and not self._lead_listens():
-                self._end(f"process 0 of {self._count} died (its service is gone); {_AGAIN}", PEER_DIED)
-
-        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)  # kept: C calls it
-        libc.signal(int(signal.SIGABRT), self._handler)
+    def _explain_abort(self) -> str:
+        """The runtime aborts as soon as the lead's service is gone: then that is the reason."""
+        if self._index == 0 or self._over.is_set() or self._lead_listens():
+            return ""
+        return f"process 0 of {self._count} died (its service is gone); {_AGAIN}"
 
     def _lead_listens(self) -> bool:
         host, port = self._coordinator.rsplit(":", 1)
@@ -160,3 +149,32 @@ class Watch:
                 return True
         except OSError:
             return False
+
+
+def on_abort(explain: Callable[[], str]) -> None:
+    """When the C++ runtime aborts, ends with `explain`'s sentence and exit code 76; "" lets it abort.
+
+    The runtime leaves no other way to hear of the end of a job: its callback for that cannot be written in Python.
+    """
+    libc = ctypes.CDLL(None)
+
+    def aborted(number: int) -> None:
+        libc.signal(number, 0)  # the next one is real
+        sentence = explain()
+        if sentence:
+            end(sentence, PEER_DIED)
+
+    _kept[:] = [ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)]
+    libc.signal(int(signal.SIGABRT), _kept[0])
+
+
+_kept: list[Any] = []  # what C calls must not be collected
+
+
+def end(sentence: str, code: int) -> None:
+    """Ends the process from any thread, whatever the others wait for."""
+    if sentence:
+        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar may have hidden it
+        os.write(2, f"{cursor}{sentence}\n".encode())
+    sys.stdout.flush()
+    os._exit(code)

@@ -2,6 +2,7 @@
 that one process plays."""
 
 import contextlib
+import http.server
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from selfplay_jax import distributed, main
+from selfplay_jax import distributed, environment, main
 from selfplay_jax.errors import UserError
 from selfplay_jax.groups import pack
 
@@ -29,7 +31,7 @@ def free_port():
         return free.getsockname()[1]
 
 
-def environment(devices, **more):
+def variables(devices, **more):
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **more}
 
@@ -77,7 +79,7 @@ def small_job(task, count, folder, *more):
         numbers = [str(port), str(count), str(index)]
         return [sys.executable, str(ROOT / "tests/distributed_worker.py"), task, *numbers, str(folder), *more]
 
-    with job(command, count, folder, env=environment(2)) as processes:
+    with job(command, count, folder, env=variables(2)) as processes:
         yield processes
 
 
@@ -161,7 +163,7 @@ def test_an_error_of_one_ends_the_others_with_its_reason(tmp_path, task, code, s
     assert ("Traceback" in text(tmp_path, "err", 1)) == (task == "bug")
 
 
-@pytest.mark.parametrize(("variables", "count"), [
+@pytest.mark.parametrize(("told", "count"), [
     ({}, 1),
     ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
     ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 4),
@@ -171,13 +173,39 @@ def test_an_error_of_one_ends_the_others_with_its_reason(tmp_path, task, code, s
     ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, 1),  # a batch script's own shell
     ({"OMPI_COMM_WORLD_SIZE": "3"}, 3),
 ])  # fmt: skip
-def test_what_the_environment_tells(monkeypatch, variables, count):
+def test_what_the_environment_tells(monkeypatch, told, count):
     for name in list(os.environ):
         if name.startswith(("TPU_", "SLURM_", "OMPI_", "MEGASCALE_")):
             monkeypatch.delenv(name)
-    for name, value in variables.items():
+    for name, value in told.items():
         monkeypatch.setenv(name, value)
-    assert distributed.environment_processes() == count
+    assert environment.processes() == count
+
+
+def test_what_a_tpu_vm_tells_of_its_slices():
+    """A metadata server like Google's, with two slices of four hosts."""
+    told = {"worker-network-endpoints": "10.0.0.1,10.0.0.2,10.0.0.3,10.0.0.4"}
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.rsplit("/", 1)[1]
+            known = name in told and self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(told.get(name, "").encode())
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        assert environment.tpu_vm_hosts(address) == 1  # it has no tpu-env: no Cloud TPU
+        told["tpu-env"] = "ACCELERATOR_TYPE: 'v5litepod-16'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+        assert environment.tpu_vm_hosts(address) == 8
+        told["tpu-env"] = "ACCELERATOR_TYPE: 'v5litepod-16'\n"
+        assert environment.tpu_vm_hosts(address) == 4
+        server.shutdown()
 
 
 @pytest.mark.parametrize(("flags", "wrong"), [
@@ -245,7 +273,7 @@ def game(workdir, count, devices, folder, caches, *more):
             arguments += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
         return [sys.executable, "-m", "selfplay_jax.main", *arguments]
 
-    with job(command, count, folder, env=environment(devices, **caches)) as processes:
+    with job(command, count, folder, env=variables(devices, **caches)) as processes:
         yield processes
 
 
