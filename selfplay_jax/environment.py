@@ -1,4 +1,4 @@
-"""What the environment tells of the job that a process belongs to; jax's own detection, in jax.distributed, then joins."""
+"""What the environment tells of the job that a process belongs to; jax.distributed has the rest from there too."""
 
 import importlib.util
 import os
