@@ -12,7 +12,7 @@ from selfplay_jax.data.tokens import Record
 from selfplay_jax.models.decoder import Model, Params
 from selfplay_jax.progress import progress, say
 from selfplay_jax.rounds import Responses, RoundFiles, chunks
-from selfplay_jax.sampling.generate import generate
+from selfplay_jax.sampling.generate import Samples, generate
 
 
 def rollout(
@@ -34,22 +34,20 @@ def rollout(
     rollout goes on with the chunks that are not saved and ends with the same responses. Of several processes each
     samples its share of the chunks where `mesh` is its own. `check_stop` is called now and then and may raise.
     """
-
     ids = [record.id for record in records]
     if distributed.agree(lambda: files.responses_path().exists()):
         return files.load_responses(ids)
     parts = list(chunks(len(records), settings.chunk))
     done = distributed.agree(lambda: [files.responses_path(part).exists() for part, _ in parts])
-    left = [part for part, there in zip(parts, done, strict=True) if not there]
+    left = [chunk for chunk, there in zip(parts, done, strict=True) if not there]
     split = distributed.is_local(mesh)  # else all processes sample every chunk together
     longest = max(len(record.prompt) for record in records)
 
-    def sample(part: int, rows: slice, on_progress: Callable[[int], None]) -> None:
-        chunk = records[rows]
-        samples = generate(
+    def sample(rows: slice, on_progress: Callable[[int], None]) -> Samples:
+        return generate(
             model,
             params,
-            [record.prompt for record in chunk],
+            [record.prompt for record in records[rows]],
             seed=seed,
             temperature=settings.temperature,
             top_k=settings.top_k,
@@ -64,35 +62,37 @@ def rollout(
             mesh=mesh,
             on_progress=on_progress,
         )
-        if not split and not distributed.is_lead():
-            return
-        shape = (len(chunk), samples_per_prompt)
-        grouped = [samples.tokens[i : i + shape[1]] for i in range(0, len(samples.tokens), shape[1])]
-        responses = Responses(grouped, samples.finished.reshape(shape), samples.logps.reshape(shape))
-        texts = [template.decode(tokens) for tokens in samples.tokens]
-        files.save_responses(responses, chunk, texts, part)
 
-    def sample_all(ours: list[tuple[int, slice]]) -> None:
-        def size(some: list[tuple[int, slice]]) -> int:
-            return sum(rows.stop - rows.start for _, rows in some) * samples_per_prompt
-
+    def sample_and_save(ours: list[tuple[int, slice]], ready: int) -> None:
         def advance(count: int) -> None:
             bar.advance(count)
             check_stop()
 
-        title = f"sampling round {files.round_index}"
-        ready = 0 if split else size(parts) - size(left)
-        with progress(title, total=ready + size(ours), unit="responses", start=ready) as bar:
+        total = ready + _prompts(ours) * samples_per_prompt
+        with progress(f"sampling round {files.round_index}", total=total, unit="responses", start=ready) as bar:
             for part, rows in ours:
-                sample(part, rows, advance)
+                samples = sample(rows, advance)
+                if split or distributed.is_lead():
+                    _save(files, part, records[rows], samples, template)
 
     if split:
         _tell_of_idle(len(left), settings.chunk)
-        distributed.each(lambda: sample_all(distributed.mine(left)))
+        distributed.each(lambda: sample_and_save(distributed.mine(left), 0))
     else:
-        sample_all(left)
+        sample_and_save(left, (len(records) - _prompts(left)) * samples_per_prompt)
     files.join_parts(len(parts))
     return files.load_responses(ids)
+
+
+def _prompts(some: Sequence[tuple[int, slice]]) -> int:
+    return sum(rows.stop - rows.start for _, rows in some)
+
+
+def _save(files: RoundFiles, part: int, records: Sequence[Record], samples: Samples, template: Template) -> None:
+    shape = (len(records), len(samples.tokens) // len(records))
+    grouped = [samples.tokens[i : i + shape[1]] for i in range(0, len(samples.tokens), shape[1])]
+    responses = Responses(grouped, samples.finished.reshape(shape), samples.logps.reshape(shape))
+    files.save_responses(responses, records, [template.decode(tokens) for tokens in samples.tokens], part)
 
 
 def _tell_of_idle(left: int, chunk: int) -> None:
