@@ -240,6 +240,7 @@ class Stop:
         self._asked = asked
         self._points = 0
         self._at: int | None = None
+        self._told = False
         if _job.watch is not None:
             _job.watch.wish(asked)
 
@@ -251,13 +252,17 @@ class Stop:
         """Whether to stop here; the same answer on all processes at the same call.
 
         Between two calls all processes must have waited for the lead, as they do for a training step's metrics. So the
-        lead can name its next call as the one to stop at: nobody is past it. The others look at the store each time.
+        lead can name its next call as the one to stop at: nobody is past it. It costs everyone a look at the store.
         """
         if _job.count == 1:
             return self._asked()
         self._points += 1
+        assert _job.watch is not None
         folder = "selfplay/stop_at"
-        if self._at is None and is_lead() and self.known():
+        if self._asked() and not self._told:
+            self._told = True
+            _job.watch.tell_wish()  # now, not with the next beat
+        if self._at is None and is_lead() and (self._told or _job.watch.is_stop_wished()):
             self._at = self._points + 1
             _job.store.key_value_set(f"{folder}/step", str(self._at))
         elif self._at is None and not is_lead():

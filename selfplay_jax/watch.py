@@ -55,6 +55,14 @@ class Watch:
         """`asked` says whether this process was asked to stop; the others hear of it."""
         self._asked = asked
 
+    def tell_wish(self) -> None:
+        """Tells the others that this process was asked to stop."""
+        self._store.key_value_set(f"{_STOP}/{self._index}", "", allow_overwrite=True)
+
+    def is_stop_wished(self) -> bool:
+        """Asks the store whether some process was asked to stop; `stop_wished` is what it said at the last beat."""
+        return bool(self._store.key_value_dir_get(_STOP))
+
     def farewell(self, sentence: str, code: int) -> None:
         """Tells the others why this process ends, and ends it."""
         self._say({"sentence": f"process {self._index} of {self._count} ended: {sentence}", "code": code})
@@ -78,7 +86,7 @@ class Watch:
             try:
                 self._store.key_value_set(f"{_ALIVE}/{self._index}", str(number), allow_overwrite=True)
                 if self._asked() and not self.stop_wished:
-                    self._store.key_value_set(f"{_STOP}/{self._index}", "", allow_overwrite=True)
+                    self.tell_wish()
                 self._listen()
                 if self._index == 0:
                     self._count_beats()
@@ -91,7 +99,7 @@ class Watch:
         others = [what for key, what in said if not key.endswith(f"/{self._index}")]
         if others and not self._over.is_set():
             self._end(others[0]["sentence"], others[0]["code"])
-        self.stop_wished = bool(self._store.key_value_dir_get(_STOP))
+        self.stop_wished = self.is_stop_wished()
 
     def _count_beats(self) -> None:
         now = time.monotonic()

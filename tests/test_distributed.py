@@ -346,12 +346,12 @@ def test_killed_and_stopped_it_goes_on_with_other_processes_and_meshes(tmp_path,
     assert "process 1 of 2 died" in text(tmp_path / "a", "err", 0).splitlines()[-1]
 
     with game(workdir, 2, 2, tmp_path / "b", caches) as processes:  # process 1 is preempted
-        wait_until(lambda: lines(first / "metrics.jsonl") >= 2, processes)
+        wait_until(lambda: lines(first / "metrics.jsonl") >= 1, processes)
         processes[1].send_signal(signal.SIGTERM)
         assert codes(processes, 60) == [75, 75], text(tmp_path / "b", "err", 0)
     assert "already done" in text(tmp_path / "b", "err", 0)  # of the warm-up
     done = len(steps_of(workdir, "rounds/000"))
-    assert 2 <= done < 6
+    assert 1 <= done <= 6
 
     # The tensor axis lies across processes, so that they sample together; the lead dies meanwhile.
     with game(workdir, 4, 1, tmp_path / "c", caches, "--config.mesh.fsdp=1", "--config.mesh.tensor=2",
@@ -359,7 +359,8 @@ def test_killed_and_stopped_it_goes_on_with_other_processes_and_meshes(tmp_path,
         wait_until(lambda: any(second.glob("responses/*.parquet")) or lines(second / "metrics.jsonl"), processes)
         processes[0].kill()
         assert codes(processes[1:], 60) == [76, 76, 76]
-    assert f"{done} already done" in text(tmp_path / "c", "err", 0)
+    if done < 6:  # else the round was over before all had heard
+        assert f"{done} already done" in text(tmp_path / "c", "err", 0)
     for index in (1, 2, 3):
         assert "process 0 of 4 died" in text(tmp_path / "c", "err", index).splitlines()[-1]
 
