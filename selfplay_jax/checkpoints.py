@@ -1,7 +1,8 @@
 """Checkpoints through Orbax: the rolling window of players, and the newest state inside a round.
 
 Players are numbered as in the papers: player 0 is the SFT policy θ_0, round t makes player t + 1. Every save is waited
-for: whoever reads a step finds it whole, and a half-written one is never listed.
+for: whoever reads a step finds it whole, and a half-written one is never listed. Of several processes all call every
+method, each writes its part, and what is there is what the lead sees.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
+from selfplay_jax import distributed
 from selfplay_jax.errors import UserError
 
 
@@ -60,13 +62,17 @@ class Checkpoints:
 
     def players(self) -> list[int]:
         """The players on disk, oldest first."""
-        return sorted(self._players.all_steps())
+        return distributed.agree(lambda: sorted(self._players.all_steps()))
 
     def best(self) -> int | None:
         """The player with the best evaluation so far, None where none was evaluated."""
-        scores = {step: self._players.metrics(step) for step in self.players()}
-        rated = [step for step, metrics in scores.items() if metrics]
-        return max(rated, key=lambda step: _score(scores[step])) if rated else None
+
+        def find() -> int | None:
+            scores = {step: self._players.metrics(step) for step in self.players()}
+            rated = [step for step, metrics in scores.items() if metrics]
+            return max(rated, key=lambda step: _score(scores[step])) if rated else None
+
+        return distributed.agree(find)
 
     def save_player(self, index: int, params: Any, *, score: float | None) -> None:
         """Commits θ_index with its evaluation `score` (higher is better; None: not evaluated)."""
@@ -90,7 +96,7 @@ class Checkpoints:
 
     def state_step(self) -> int | None:
         """The key of the newest saved train state, None where there is none."""
-        return self._state.latest_step()
+        return distributed.agree(self._state.latest_step)
 
     def save_state(self, key: int, state: Any, position: dict[str, Any]) -> None:
         """Saves the train state under `key`, which must grow; the one before goes once this one is whole.

@@ -25,6 +25,10 @@ FREE_FIELDS = (
     "data.cache",
     "train.checkpoint_every",
     "evaluation.batch_size",
+    # Other devices or another layout of them: the same numbers but for rounding.
+    "mesh.replica",
+    "mesh.fsdp",
+    "mesh.tensor",
 )
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+import shutil
+import tempfile
+import uuid
 from typing import Any
 
 import jax
@@ -11,22 +13,25 @@ from etils import epath
 from jax.sharding import Mesh
 
 from selfplay_jax import config as configs
-from selfplay_jax import evaluation, metrics, partitioning
+from selfplay_jax import distributed, evaluation, metrics, partitioning
 from selfplay_jax.checkpoints import Checkpoints, abstract_like
 from selfplay_jax.data import builtin, tasks
 from selfplay_jax.data.templates import Template, check_vocabulary, load_tokenizer
-from selfplay_jax.errors import Stopped, UserError
+from selfplay_jax.errors import UserError
 from selfplay_jax.methods import check_fields, needs_rejected
 from selfplay_jax.models import Model, load_hf, lora, read_config, save_hf, splash
 from selfplay_jax.models.decoder import Params
 from selfplay_jax.progress import say
-from selfplay_jax.rounds import write_bytes
+from selfplay_jax.rounds import wait_for, write_bytes
 from selfplay_jax.scoring import ScoreTable
 
 
 @dataclasses.dataclass(frozen=True)
 class Game:
-    """A run. `base` is what is never trained: {} without LoRA, else all parameters but the adapters."""
+    """A run. `base` is what is never trained: {} without LoRA, else all parameters but the adapters.
+
+    Every process of a job has one, and calls its methods at the same points.
+    """
 
     config: Any
     workdir: epath.Path
@@ -38,7 +43,7 @@ class Game:
     mesh: Mesh
     checkpoints: Checkpoints
     scores: ScoreTable
-    should_stop: Callable[[], bool]
+    stop: distributed.Stop
 
     @property
     def shardings(self) -> Params:
@@ -62,19 +67,34 @@ class Game:
         """Commits θ_index: what is trained of it."""
         self.checkpoints.save_player(index, self.model.split(params)[0], score=score)
 
-    def for_decoding(self, params: Params) -> tuple[Model, Params]:
-        """The same policy for decoding: adapters merged, laid out once instead of gathered at every token."""
+    def for_decoding(self, params: Params) -> tuple[Model, Params, Mesh]:
+        """The same policy for decoding: adapters merged, laid out once instead of gathered at every token.
+
+        Of several processes each gets it on a mesh of its own devices, to sample without the others, unless
+        `sampling.sharded_weights` or the tensor axis needs them.
+        """
         model, params = lora.merge(self.model, params)
         if self.config.sampling.sharded_weights:
-            return model, params
+            return model, params, self.mesh
         rules = partitioning.DECODE_RULES
-        return model, jax.device_put(
-            params, partitioning.tree_shardings(model.logical_axes(), params, self.mesh, rules)
-        )
+        shardings = partitioning.tree_shardings(model.logical_axes(), params, self.mesh, rules)
+        mesh = distributed.local_mesh(self.mesh)
+        return model, distributed.localise(distributed.place(params, shardings), mesh), mesh
+
+    def exported(self, name: str) -> bool:
+        """Whether WORKDIR/hf/NAME is there, whole."""
+        path = self.workdir / "hf" / name
+        return distributed.agree(lambda: path.exists() and any(path.glob("*config.json")))
 
     def export(self, params: Params, name: str) -> epath.Path:
         """Writes WORKDIR/hf/NAME: a model directory, or under LoRA with `lora.export=peft` the adapters alone."""
         path = self.workdir / "hf" / name
+        if "://" in str(path):
+            return self._export_by_way_of_here(params, name, path)
+        self._export(params, path)
+        return path
+
+    def _export(self, params: Params, path: epath.Path) -> None:
         if self.model.lora is not None and self.config.lora.export == "peft":
             local = pathlib.Path(self.source).expanduser()
             lora.save_peft(path, self.model, params, base=str(local.resolve()) if local.is_dir() else self.source)
@@ -83,20 +103,49 @@ class Game:
             # With the template that it was trained with, so that whoever opens the directory asks in the same form.
             dtype, template = self.config.export_dtype or None, self.template.jinja
             save_hf(path, model, params, source=self.source, dtype=dtype, chat_template=template)
-        return path
 
-    def check_stop(self) -> None:
-        """Raises Stopped between two phases when asked to."""
-        if self.should_stop():
-            raise Stopped
+    def _export_by_way_of_here(self, params: Params, name: str, path: epath.Path) -> epath.Path:
+        """An export on an object store: written to a local disk and copied, its *config.json last."""
+        with tempfile.TemporaryDirectory(prefix="selfplay_jax_export_") as folder:
+            local = epath.Path(folder) / name
+            self._export(params, local)
+
+            def copy() -> None:
+                if path.exists():
+                    path.rmtree()
+                files = sorted(file for file in pathlib.Path(local).rglob("*") if file.is_file())
+                for file in sorted(files, key=lambda file: file.name.endswith("config.json")):
+                    there = path / str(file.relative_to(local))
+                    there.parent.mkdir(parents=True, exist_ok=True)
+                    with file.open("rb") as source, there.open("wb") as target:
+                        shutil.copyfileobj(source, target, 2**24)
+
+            distributed.agree(copy)
+        return path
 
 
 def claim(workdir: epath.Path, config: Any) -> None:
     """Records the config in a new workdir; in an old one, checks that it is the same run."""
-    try:
-        _claim(workdir, config)
-    except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be used: {error.strerror or error}.") from error
+
+    def try_it() -> None:
+        try:
+            _claim(workdir, config)
+        except OSError as error:
+            raise UserError(f"the workdir {workdir} cannot be used: {error.strerror or error}.") from error
+
+    distributed.agree(try_it)
+    _check_shared(workdir)
+
+
+def _check_shared(workdir: epath.Path) -> None:
+    """Checks that all processes see one workdir: each host's own disk would split the run."""
+    if distributed.count() == 1:
+        return
+    token = workdir / f".seen_{distributed.agree(lambda: uuid.uuid4().hex)}"
+    distributed.agree(lambda: write_bytes(token, b""))
+    wait_for(token)
+    distributed.barrier("seen")
+    distributed.agree(token.unlink)
 
 
 def _claim(workdir: epath.Path, config: Any) -> None:
@@ -107,7 +156,7 @@ def _claim(workdir: epath.Path, config: Any) -> None:
             raise UserError(
                 f"{workdir} holds a run with another config: {difference}. Take another --workdir, or the old value."
             )
-    elif workdir.exists() and any(not p.name.startswith("config.json.partial-") for p in workdir.iterdir()):
+    elif workdir.exists() and any(not p.name.startswith(("config.json.partial-", ".seen_")) for p in workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and holds no run (no config.json): take another --workdir.")
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_json(path, json.loads(config.to_json()))
@@ -128,7 +177,7 @@ def check(config: Any) -> None:
     lora.of_config(config.lora)
 
 
-def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) -> Game:
+def set_up(config: Any, workdir: epath.Path, stop: distributed.Stop) -> Game:
     """Reads tokenizer, data and the model's configuration; of its weights only what is never trained."""
     mesh = partitioning.make_mesh(config.mesh.fsdp, config.mesh.tensor, replica=config.mesh.replica)
     path = str(builtin.BASE) if config.model.path == "builtin" else config.model.path
@@ -152,7 +201,7 @@ def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) ->
         shardings = model.split(partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh))[1]
         base = load_hf(path, param_dtype=model.param_dtype, shardings=shardings)[1]
     checkpoints = Checkpoints(workdir / "checkpoints", window=config.window)
-    return Game(config, workdir, model, path, base, template, task, mesh, checkpoints, ScoreTable(workdir), should_stop)
+    return Game(config, workdir, model, path, base, template, task, mesh, checkpoints, ScoreTable(workdir), stop)
 
 
 def _tell_layout(model: Model, mesh: Mesh) -> None:
@@ -169,13 +218,24 @@ def _load_task(config: Any, workdir: epath.Path, template: Template) -> tasks.Ta
     """Reads the data, writes down what they are, and checks that they still are what the run began with."""
     task = tasks.load(config.data, template, config.seed)
     about, listed = workdir / "data.json", workdir / "bad_records.jsonl"
-    if about.exists():
-        tasks.check_same(metrics.read_json(about), task, workdir)
-    metrics.write_json(about, task.describe())
-    if task.bad:
-        lines = (json.dumps(dataclasses.asdict(bad), ensure_ascii=False) + "\n" for bad in task.bad)
-        write_bytes(listed, "".join(lines).encode("utf-8", "backslashreplace"))
-        say(f"{len(task.bad)} bad records skipped, listed in {listed}")
+    read = distributed.gather(task.identity)
+    differs = [process for process, identity in enumerate(read) if identity != read[0]]
+    if differs:
+        raise UserError(
+            f"process {differs[0]} reads other data, template or tokenizer than process 0: give all hosts the same "
+            "config.data.source and config.model.path."
+        )
+
+    def record() -> None:
+        if about.exists():
+            tasks.check_same(metrics.read_json(about), task, workdir)
+        metrics.write_json(about, task.describe())
+        if task.bad:
+            lines = (json.dumps(dataclasses.asdict(bad), ensure_ascii=False) + "\n" for bad in task.bad)
+            write_bytes(listed, "".join(lines).encode("utf-8", "backslashreplace"))
+            say(f"{len(task.bad)} bad records skipped, listed in {listed}")
+
+    distributed.agree(record)
     return task
 
 

@@ -44,13 +44,19 @@ def bucket(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 else power
 
 
-def pad_rows(rows: Sequence[Tokens], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of token ids as int32 [len(rows), width], right-padded with 0, and their lengths, int32 [len(rows)]."""
+def pad_rows(
+    rows: Sequence[Tokens], width: int, own: Sequence[bool] | np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token ids as int32 [len(rows), width], right-padded with 0, and their lengths, int32 [len(rows)].
+
+    With `own`, bool [len(rows)], the tokens of other rows stay 0; the lengths are there.
+    """
     padded = np.zeros((len(rows), width), np.int32)
     lengths = np.zeros(len(rows), np.int32)
     for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
         lengths[i] = len(row)
+        if own is None or own[i]:
+            padded[i, : len(row)] = row
     return padded, lengths
 
 
@@ -60,6 +66,7 @@ def pack(
     *,
     prompt_width: int | None = None,
     response_width: int | None = None,
+    own: np.ndarray | None = None,
 ) -> Group:
     """Packs lists of token ids into one Group of NumPy arrays.
 
@@ -67,6 +74,8 @@ def pack(
       prompts: B prompts, each at least one token.
       responses: B lists of K responses each; an empty response stands for none and scores 0.
       prompt_width, response_width: padded lengths; by default the bucket of the longest.
+      own: bool [B], the groups that this process needs of a batch that several share; by default all. The tokens of
+        others stay 0.
     Raises:
       ValueError: no prompts, an empty prompt, unequal numbers of responses, or a row longer than its width.
     """
@@ -82,9 +91,9 @@ def pack(
     flat = [response for row in responses for response in row]
     prompt_width = prompt_width or bucket(max(len(p) for p in prompts))
     response_width = response_width or bucket(max((len(r) for r in flat), default=1))
-    prompt, prompt_lengths = pad_rows(prompts, prompt_width)
-    tokens, lengths = pad_rows(flat, response_width)
     shape = (len(prompts), counts.pop())
+    prompt, prompt_lengths = pad_rows(prompts, prompt_width, own)
+    tokens, lengths = pad_rows(flat, response_width, None if own is None else np.repeat(own, shape[1]))
     return Group(prompt, prompt_lengths, tokens.reshape(*shape, response_width), lengths.reshape(shape))
 
 

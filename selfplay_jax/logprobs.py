@@ -62,13 +62,16 @@ def _by_token(model: Model, params: Params, group: Group, measure: Callable[...,
 
 
 def by_rows(model: Model, mesh: Mesh, measure: Callable[[Model, Params, Group], Any]) -> Callable[..., Any]:
-    """`measure` jitted for parameters and rows that lie on `mesh`: (params, group) -> arrays [B, ...]."""
+    """`measure` jitted for parameters and rows that lie on `mesh`: (params, group) -> arrays [B, ...], on every device.
+
+    They are few numbers, and every process reads all of them.
+    """
     axes, abstract = model.logical_axes(), model.abstract_params()
     specs, rows = partitioning.over_rows_specs(axes, abstract, mesh), partitioning.rows(mesh)
     return jax.jit(
         partitioning.over_rows(functools.partial(measure, model), mesh, (specs, rows.spec), rows.spec),
         in_shardings=(partitioning.tree_shardings(axes, abstract, mesh), rows),
-        out_shardings=rows,
+        out_shardings=partitioning.replicated(mesh),
     )
 
 

@@ -1,6 +1,10 @@
 """The command line: `python -m selfplay_jax.main --config=configs/tpaw.py[:preset] [--workdir=DIR] [--config.x=y ...]`.
 
-Exit codes: 0 done, 1 a user's error (one sentence on stderr), 75 stopped by a signal; the same command goes on.
+On several hosts run it on each: Cloud TPU, GKE, Slurm and Open MPI tell the processes of each other; elsewhere add
+`--coordinator=HOST:PORT --num_processes=N --process_id=I`.
+
+Exit codes: 0 done, 1 a user's error (one sentence on stderr), 75 stopped by a signal; 76 another process of the job
+died. After 75 and 76 the same command goes on.
 """
 
 import logging as standard_logging
@@ -19,6 +23,7 @@ from selfplay_jax.config import flat, unknown_field
 from selfplay_jax.errors import Stopped, UserError
 
 RESUMABLE = 75  # EX_TEMPFAIL: what launchers take for "run it again"
+_GO_ON = "stopped; run the same command to go on"
 
 
 def read_flags(argv: Sequence[str]) -> tuple[Any, str]:
@@ -44,6 +49,14 @@ def read_flags(argv: Sequence[str]) -> tuple[Any, str]:
     return config, values.workdir or config.workdir or f"runs/{config.method}-{config.preset}"
 
 
+def read_job_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `distributed.initialise` on a command line that `read_flags` accepted."""
+    values = _parse(argv)
+    return {"mode": values.distributed} | {
+        name: getattr(values, name) for name in ("coordinator", "num_processes", "process_id")
+    }
+
+
 def _check_file(file: pathlib.Path) -> None:
     if _defines_a_config(file):
         return
@@ -61,11 +74,18 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "configs/METHOD.py[:preset]", flag_values=values)
     flags.DEFINE_string("workdir", "", "where the run lives; default runs/METHOD-PRESET", flag_values=values)
+    flags.DEFINE_string("distributed", "auto", "auto, on, off: join the other processes of the job", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where nothing tells it", flag_values=values)
+    flags.DEFINE_integer("num_processes", 0, "how many processes play together", flag_values=values)
+    flags.DEFINE_integer("process_id", -1, "which of them this is, from 0", flag_values=values)
     before, sys.argv = sys.argv, ["main", *argv]  # ml_collections looks for overrides there and nowhere else
     try:
         rest = values(sys.argv)
     except flags.Error as error:
-        raise UserError(f"{error}; flags are --config, --workdir and --config.FIELD=VALUE.") from error
+        raise UserError(
+            f"{error}; flags are --config, --workdir, --config.FIELD=VALUE, and --coordinator, "
+            "--num_processes, --process_id, --distributed for jobs of several processes."
+        ) from error
     except TypeError as error:
         raise UserError(f"a config override has the wrong type: {error}.") from error
     finally:
@@ -107,20 +127,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     # Without a network the Hub's client warns of every attempt; the sentence at the end says it once.
     standard_logging.getLogger("huggingface_hub.utils._http").setLevel(standard_logging.ERROR)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        config, workdir = read_flags(sys.argv[1:] if argv is None else argv)
-        signals = Signals()
+        config, workdir = read_flags(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    signals = Signals()
+    from selfplay_jax import distributed  # brings in jax: not for a misspelt flag
+
+    try:
         _use_compilation_cache(config.compilation_cache)
+        distributed.initialise(**read_job_flags(argv))
         from selfplay_jax.selfplay import play
 
         play(config, workdir, lambda: signals.asked)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (Stopped, KeyboardInterrupt):
-        print("stopped; run the same command to go on", file=sys.stderr)
-        return RESUMABLE
-    return 0
+        return distributed.leave(1, str(error))
+    except Stopped:
+        print(_GO_ON, file=sys.stderr)
+        return distributed.leave(RESUMABLE)
+    except KeyboardInterrupt:  # the second Ctrl-C
+        print(_GO_ON, file=sys.stderr)
+        return distributed.leave(RESUMABLE, "interrupted")
+    except Exception as error:
+        distributed.failed(error)
+        raise
+    return distributed.leave(0)
 
 
 if __name__ == "__main__":

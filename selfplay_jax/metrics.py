@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -17,10 +18,12 @@ from typing import Any, Self
 import numpy as np
 from etils import epath
 
+from selfplay_jax import distributed
 from selfplay_jax.errors import UserError
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _FLUSH_SECONDS = 5.0  # how far TensorBoard may lag behind
+_REMOTE_SECONDS = 15.0  # how far an object store may: it cannot append, the file is written whole each time
 _NOT_SCALARS = ("kind", "round", "step", "time")  # coordinates of a row, not curves
 
 
@@ -30,27 +33,27 @@ class MetricsWriter:
     Opening an existing directory first repairs it: a torn last line goes, and with `resume_step` so do the
     rows of kind "train" with a larger step, which the resumed run computes again. The event file is then
     written anew from the rows that were kept, so TensorBoard shows every step once however often the run was
-    killed.
+    killed. Of several processes the lead writes.
+
+    On an object store (gs://, s3://), which cannot append, both files are written whole every 15 seconds, by `flush`
+    and at the end; a kill loses the rows since.
 
     Args:
-      dir: a local directory, made when missing (object stores cannot append).
+      dir: a directory, made when missing.
       resume_step: the last step whose training is kept (0: none where steps count from 1); None keeps all.
 
     Raises:
-      UserError: `dir` is on an object store, a line inside the file is no JSON, or the disk is full.
+      UserError: a line inside the file is no JSON, or the disk is full.
     """
 
     def __init__(self, dir: epath.PathLike, *, resume_step: int | None = None):
         self._dir = epath.Path(dir)
-        if "://" in str(dir):
-            raise UserError(f"metrics cannot be appended to on {dir}: set workdir to a local or mounted directory")
         self._path = self._dir / "metrics.jsonl"
-        self._dir.mkdir(parents=True, exist_ok=True)
-        rows = self._repair(resume_step)
-        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._events = _EventFile(self._dir / "tensorboard")
-        for row in rows:
-            self._events.add(row)
+        self._files: _LocalFiles | _RemoteFiles | None = None
+        if distributed.is_lead():
+            self._dir.mkdir(parents=True, exist_ok=True)
+            rows = self._repair(resume_step)
+            self._files = _RemoteFiles(self._dir, rows) if "://" in str(dir) else _LocalFiles(self._dir, rows)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one row: `kind`, `round` and `step` say where it belongs, "time" (Unix seconds) is added if
@@ -59,22 +62,23 @@ class MetricsWriter:
         Numbers (Python's, NumPy's or JAX's) become the scalars `kind/name` in TensorBoard, other values only
         JSON.
         """
+        if self._files is None:
+            return
         plain: dict[str, Any] = {str(key): _plain(value) for key, value in row.items()}
         plain.setdefault("time", round(time.time(), 3))
         with _told(self._path):
-            _write_all(self._fd, (_dump(plain) + "\n").encode())
-        self._events.add(plain)
+            self._files.add(plain)
 
     def flush(self) -> None:
-        """Brings the event file up to date; the JSON lines always are."""
-        self._events.flush()
+        """Brings the event file up to date; the JSON lines always are, but for an object store's."""
+        if self._files is not None:
+            self._files.flush()
 
     def close(self) -> None:
         """Ends both files; a second call does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            self._events.close()
+        if self._files is not None:
+            files, self._files = self._files, None
+            files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -91,6 +95,64 @@ class MetricsWriter:
         if text.encode() != self._path.read_bytes():
             write_text(self._path, text)
         return kept
+
+
+class _LocalFiles:
+    """metrics.jsonl, appended to, and the event file."""
+
+    def __init__(self, folder: epath.Path, rows: list[dict[str, Any]]):
+        self._fd = os.open(folder / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._events = _EventFile(folder / "tensorboard")
+        for row in rows:
+            self._events.add(row)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        _write_all(self._fd, (_dump(row) + "\n").encode())
+        self._events.add(row)
+
+    def flush(self) -> None:
+        self._events.flush()
+
+    def close(self) -> None:
+        os.close(self._fd)
+        self._events.close()
+
+
+class _RemoteFiles:
+    """The same pair in a local folder, copied to the object store now and then."""
+
+    def __init__(self, folder: epath.Path, rows: list[dict[str, Any]]):
+        self._folder = folder
+        self._here = tempfile.TemporaryDirectory(prefix="selfplay_jax_metrics_")
+        local = epath.Path(self._here.name)
+        (local / "metrics.jsonl").write_text("".join(_dump(row) + "\n" for row in rows))
+        self._files = _LocalFiles(local, rows)
+        events = folder / "tensorboard"
+        for old in events.glob("events.out.tfevents.*") if events.exists() else ():
+            old.unlink()  # of the run before it was interrupted: its rows are in the new one
+        self._copied = time.monotonic()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self._files.add(row)
+        if time.monotonic() - self._copied > _REMOTE_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        self._files.flush()
+        self._copy()
+
+    def close(self) -> None:
+        self._files.close()
+        self._copy()
+        self._here.cleanup()
+
+    def _copy(self) -> None:
+        local = epath.Path(self._here.name)
+        for file in (local / "metrics.jsonl", *(local / "tensorboard").iterdir()):
+            there = self._folder / file.relative_to(local)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            there.write_bytes(file.read_bytes())
+        self._copied = time.monotonic()
 
 
 def read(path: epath.PathLike) -> list[dict[str, Any]]:

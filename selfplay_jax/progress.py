@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from selfplay_jax import distributed
+
 _live: Any = None  # the rich.progress.Progress now on the screen
 _open = False  # whether a phase is open, with or without a bar
 
@@ -65,7 +67,7 @@ def progress(title: str, *, total: int | None, unit: str = "steps", start: int =
     """Shows how far a phase is, how fast it goes and how long it will take.
 
     On a terminal (stderr) a live bar, gone at the end; there and elsewhere one line once the phase is over. A
-    phase that fails leaves no line. Only one may be open at a time.
+    phase that fails leaves no line. Only one may be open at a time. Of several processes the lead shows it.
 
     Args:
       title: what is being done, "sampling round 0".
@@ -82,7 +84,7 @@ def progress(title: str, *, total: int | None, unit: str = "steps", start: int =
     bar = Bar(title, total, unit, start)
     _open = True
     try:
-        if _is_terminal(sys.stderr):
+        if _is_terminal(sys.stderr) and distributed.is_lead():
             with _rich_progress() as live:
                 bar.attach(live)
                 _live = live
@@ -94,11 +96,14 @@ def progress(title: str, *, total: int | None, unit: str = "steps", start: int =
             yield bar
     finally:
         _open = False
-    _print(bar.summary(), sys.stderr)
+    if distributed.is_lead():
+        _print(bar.summary(), sys.stderr)
 
 
 def say(text: str) -> None:
-    """Prints a line on stdout, above the live bar where there is one."""
+    """Prints a line on stdout, above the live bar where there is one; of several processes the lead does."""
+    if not distributed.is_lead():
+        return
     if _live is not None and _is_terminal(sys.stdout):
         _live.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
     else:

@@ -20,7 +20,7 @@ from selfplay_jax.report_tables import LINE_WIDTH, round_line, run_cells, table,
 __all__ = ["LINE_WIDTH", "main", "round_line", "table", "write_html"]
 
 
-def write_html(workdir: epath.PathLike, output: epath.PathLike | None = None) -> Path:
+def write_html(workdir: epath.PathLike, output: epath.PathLike | None = None) -> epath.Path:
     """Writes the run's page, by default WORKDIR/report.html: one file that loads nothing else.
 
     Raises:
@@ -31,7 +31,7 @@ def write_html(workdir: epath.PathLike, output: epath.PathLike | None = None) ->
     run = load(workdir)
     file = epath.Path(output) if output else epath.Path(workdir) / "report.html"
     metrics.write_text(file, report_page.run_page(run))
-    return Path(file)
+    return file
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 """A round's record on disk: responses, scores, summary. Every file appears by rename, so what is there is whole.
 
+Of several processes the lead reads and writes for all, but for the parts of the responses: each writes its own.
+
 WORKDIR/config.json
 WORKDIR/sft/summary.json, metrics.jsonl          the SFT warm-up (round -1 here)
 WORKDIR/rounds/000/responses.parquet             what θ_0 answered
@@ -11,6 +13,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from selfplay_jax import metrics
+from selfplay_jax import distributed, metrics
 from selfplay_jax.errors import UserError
 from selfplay_jax.groups import REJECTED, TARGET
 
@@ -77,13 +80,17 @@ class RoundFiles:
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         """Writes a JSON file of this round, by rename."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        metrics.write_json(self.directory / name, value)
+
+        def write() -> None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            metrics.write_json(self.directory / name, value)
+
+        distributed.agree(write)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """Reads a JSON file of this round, None where it is not there."""
         path = self.directory / name
-        return metrics.read_json(path) if path.exists() else None
+        return distributed.agree(lambda: metrics.read_json(path) if path.exists() else None)
 
     # Responses: parts while they are sampled, one file at the end.
 
@@ -117,15 +124,23 @@ class RoundFiles:
         Raises:
           UserError: the file answers other prompts than `ids` (the data changed under the run).
         """
+        wait_for(self.responses_path(part))
         return _read_responses(self.responses_path(part), ids)
 
     def join_parts(self, count: int) -> None:
         """Makes responses.parquet of `count` parts, then drops them."""
-        tables = [pq.read_table(io.BytesIO(self.responses_path(part).read_bytes())) for part in range(count)]
-        buffer = io.BytesIO()
-        pq.write_table(pa.concat_tables(tables), buffer)
-        write_bytes(self.responses_path(), buffer.getvalue())
-        (self.directory / "responses").rmtree()
+
+        def join() -> None:
+            tables = []
+            for part in range(count):
+                wait_for(self.responses_path(part))
+                tables.append(pq.read_table(io.BytesIO(self.responses_path(part).read_bytes())))
+            buffer = io.BytesIO()
+            pq.write_table(pa.concat_tables(tables), buffer)
+            write_bytes(self.responses_path(), buffer.getvalue())
+            (self.directory / "responses").rmtree()
+
+        distributed.agree(join)
 
     def score_path(self, player: int) -> epath.Path:
         """The score table's cells of one player that belong to this round, see scoring.py."""
@@ -154,8 +169,24 @@ def _read_responses(path: epath.Path, ids: Sequence[int]) -> Responses:
     )
 
 
+def wait_for(path: epath.Path, seconds: float = 60.0) -> None:
+    """Waits for a file that another process has written: shared file systems may show it late.
+
+    Raises:
+      UserError: it does not come.
+    """
+    deadline = time.monotonic() + (seconds if distributed.count() > 1 else 0.0)
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if distributed.count() > 1 and not path.exists():
+        raise UserError(
+            f"process {distributed.index()} does not see {path}, which another process wrote: the workdir must be on a "
+            "file system that all hosts share (NFS, a mounted bucket, gs://)."
+        )
+
+
 def write_bytes(path: epath.Path, data: bytes) -> None:
-    """Writes a file whole or not at all: to a temporary sibling first, then by rename.
+    """Writes a file whole or not at all: to a temporary sibling first, then by rename (object stores need neither).
 
     Raises:
       UserError: the disk is full or not writable.
@@ -163,6 +194,9 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if "://" in str(path):
+            path.write_bytes(data)
+            return
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:

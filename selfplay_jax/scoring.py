@@ -15,11 +15,11 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from selfplay_jax import partitioning
+from selfplay_jax import distributed, partitioning
 from selfplay_jax.groups import Tokens, pack
 from selfplay_jax.logprobs import by_rows, response_logps
 from selfplay_jax.models.decoder import Model, Params
-from selfplay_jax.rounds import RoundFiles, chunks, read_array, source_name, write_array, write_bytes
+from selfplay_jax.rounds import RoundFiles, chunks, read_array, source_name, wait_for, write_array, write_bytes
 
 # Responses scored beside each other in one group; more columns than this are scored in turns.
 _MOST_COLUMNS = 8
@@ -49,15 +49,17 @@ def score(
     shards = partitioning.data_shards(mesh)
     batch_size = -(-min(batch_size, count) // shards) * shards
     by_length = np.argsort([len(p) + max(map(len, r)) for p, r in zip(prompts, responses, strict=True)], kind="stable")
-    program = _score_program(model, mesh)
+    program, sharding = _score_program(model, mesh), partitioning.rows(mesh)
+    own = distributed.own_rows(sharding, batch_size)
     for start in range(0, count, batch_size):
         rows = by_length[start : start + batch_size]
         padded = np.resize(rows, batch_size).tolist()
         for left in range(0, width, _MOST_COLUMNS):
             right = min(left + _MOST_COLUMNS, width)
-            group = pack([prompts[i] for i in padded], [responses[i][left:right] for i in padded])
+            group = pack([prompts[i] for i in padded], [responses[i][left:right] for i in padded], own=own)
             with partitioning.use_mesh(mesh):
-                result[rows, left:right] = np.asarray(program(params, group))[: len(rows)]
+                values = program(params, distributed.to_devices(group, sharding))
+                result[rows, left:right] = np.asarray(values)[: len(rows)]
     return result
 
 
@@ -77,12 +79,14 @@ class ScoreTable:
 
     def missing(self, players: Sequence[int], sources: Sequence[int]) -> dict[int, list[int]]:
         """By player, the sources whose cells must still be computed; players with nothing to do are left out."""
-        wanted = {player: [s for s in sources if not self.has(player, s)] for player in players}
-        return {player: sources for player, sources in wanted.items() if sources}
+        wanted = distributed.agree(lambda: [[s for s in sources if not self.has(player, s)] for player in players])
+        return {player: sources for player, sources in zip(players, wanted, strict=True) if sources}
 
     def read(self, player: int, source: int) -> np.ndarray:
         """The cell [N, S], float32."""
-        return np.load(io.BytesIO(self._path(player, source).read_bytes()))[source_name(source)]
+        path = self._path(player, source)
+        wait_for(path)
+        return np.load(io.BytesIO(path.read_bytes()))[source_name(source)]
 
     def fill(
         self,
@@ -107,19 +111,26 @@ class ScoreTable:
         path = self._path(player, max(sources))
         parts = path.parent / f"{path.stem}.parts"
         columns = [[z for source in sources for z in responses[source][n]] for n in range(len(prompts))]
+        files = [parts / f"part_{part:05d}.npy" for part, _ in chunks(len(prompts), chunk)]
+        done = distributed.agree(lambda: [file.exists() for file in files])
         pieces = []
         for part, rows in chunks(len(prompts), chunk):
-            file = parts / f"part_{part:05d}.npy"
-            if not file.exists():
+            if done[part]:
+                pieces.append(read_array(files[part]))
+            else:
                 check_stop()
-                values = score(model, params, prompts[rows], columns[rows], mesh=mesh, batch_size=batch_size)
-                write_array(file, values)
-            pieces.append(read_array(file))
+                pieces.append(score(model, params, prompts[rows], columns[rows], mesh=mesh, batch_size=batch_size))
+                if distributed.is_lead():
+                    write_array(files[part], pieces[-1])
             on_progress(rows.stop - rows.start)
         widths = np.cumsum([len(responses[source][0]) for source in sources])[:-1]
         cells = np.split(np.concatenate(pieces), widths, axis=1)
         buffer = io.BytesIO()
         named: dict[str, Any] = {source_name(s): cell for s, cell in zip(sources, cells, strict=True)}
         np.savez(buffer, **named)
-        write_bytes(path, buffer.getvalue())
-        parts.rmtree()
+
+        def commit() -> None:
+            write_bytes(path, buffer.getvalue())
+            parts.rmtree()
+
+        distributed.agree(commit)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from selfplay_jax import distributed, metrics, report
 from selfplay_jax import game as games
-from selfplay_jax import metrics, report
 from selfplay_jax.config import of_round
 from selfplay_jax.evaluation import Subject, evaluate
 from selfplay_jax.game import Game
@@ -36,7 +36,7 @@ def play(config: Any, workdir: epath.PathLike, should_stop: Callable[[], bool] =
     games.check(config)
     workdir = epath.Path(workdir)
     games.claim(workdir, config)
-    game = games.set_up(config, workdir, should_stop)
+    game = games.set_up(config, workdir, distributed.Stop(should_stop))
     # Accelerators multiply float32 in fewer bits unless told not to; then scoring and training, which run in other
     # shapes, would differ by more than `tolerance`, and rounding would decide TPAW's α at θ = θ_t.
     exact = config.model.compute_dtype == "float32" and jax.default_backend() != "cpu"
@@ -46,11 +46,11 @@ def play(config: Any, workdir: epath.PathLike, should_stop: Callable[[], bool] =
             for t in range(config.rounds):
                 play_round(game, t)
         export(game)
-        page = report.write_html(workdir)
+        page, table = distributed.agree(lambda: (str(report.write_html(workdir)), report.table(workdir)))
     finally:
         game.checkpoints.close()
     say("")
-    say(report.table(workdir))
+    say(table)
     say(f"\nreport: {page}")
 
 
@@ -97,7 +97,7 @@ def play_round(game: Game, t: int) -> None:
         # Killed after θ_{t+1} was committed: θ_t may have left the window, and nothing is left to train.
         finish(game, files, clock, game.player(t + 1), index=t + 1, summary=played)
         return
-    game.check_stop()
+    game.stop.check()
     row = plan(config.method, config.loss, round_index=t, window=config.window)
     records = game.task.train
     params = game.player(t)
@@ -132,11 +132,11 @@ def _answers(game: Game, row: Plan, params: Params, settings: Any, files: RoundF
             ended = np.array([[z[-1] in game.template.stop_ids] for z in rejected])
             answers[source] = Responses([[z] for z in rejected], ended, np.full(ended.shape, np.nan, np.float32))
         elif source == t:
-            model, decode_params = game.for_decoding(params)
+            model, decode_params, mesh = game.for_decoding(params)
             answers[source] = rollout(
                 model, decode_params, records, files, game.template, settings,
-                samples_per_prompt=game.config.samples_per_prompt, seed=game.config.seed, mesh=game.mesh,
-                check_stop=game.check_stop,
+                samples_per_prompt=game.config.samples_per_prompt, seed=game.config.seed, mesh=mesh,
+                check_stop=game.stop.check,
             )  # fmt: skip
         else:
             answers[source] = RoundFiles(game.workdir, source).load_responses([record.id for record in records])
@@ -163,7 +163,7 @@ def judge(game: Game, players: tuple[int, ...], responses: dict[int, Any], known
                 mesh=game.mesh,
                 batch_size=config.scoring.batch_size,
                 chunk=config.scoring.chunk,
-                check_stop=game.check_stop,
+                check_stop=game.stop.check,
                 on_progress=bar.advance,
             )
     computed = sum(len(wanted) for wanted in missing.values())
@@ -179,7 +179,7 @@ def finish(game: Game, files: RoundFiles, clock: Clock, params: Params, *, index
         if config.evaluation.every and (index % config.evaluation.every == 0 or last):
             with clock.time("evaluate"):
                 result |= evaluate(_subject(game, params, index), game.task.test, game.task.validation)
-            _log_evaluation(files, index, result)
+            distributed.agree(lambda: _log_evaluation(files, index, result))
         files.write("evaluation.json", result)
     with clock.time("save"):
         if index not in game.checkpoints.players():
@@ -190,7 +190,7 @@ def finish(game: Game, files: RoundFiles, clock: Clock, params: Params, *, index
         "preset": config.preset,
         "eval": result,
         "seconds": clock.seconds,
-        **summarise(files.directory),
+        **distributed.agree(lambda: summarise(files.directory)),
     }
     files.write("summary.json", summary)
     say(report.round_line(summary))
@@ -208,8 +208,9 @@ def export(game: Game) -> None:
     """Writes the Hugging Face directories that the run leaves: the last policy, or the best one."""
     if game.config.export == "every":  # of a run that was asked for less while it ran: what is still there
         for index in game.checkpoints.players():
-            if not (game.workdir / "hf" / f"theta_{index:03d}").exists():
-                say(f"exported player {index} to {game.export(game.player(index), f'theta_{index:03d}')}")
+            name = f"theta_{index:03d}"
+            if not game.exported(name):
+                say(f"exported player {index} to {game.export(game.player(index), name)}")
     wanted = {"final": game.config.rounds, "best": game.checkpoints.best()}.get(game.config.export)
     if wanted is not None:
         path = game.export(game.player(wanted), game.config.export)
@@ -217,11 +218,11 @@ def export(game: Game) -> None:
 
 
 def _subject(game: Game, params: Params, index: int) -> Subject:
-    decode_model, decode_params = game.for_decoding(params)
+    decode_model, decode_params, decode_mesh = game.for_decoding(params)
     start = (lambda: game.player(0)) if index > 0 else None
     return Subject(
         game.model, params, decode_model, decode_params, start, game.template, game.mesh, game.config, game.task.train,
-        game.check_stop,
+        game.stop.check, decode_mesh,
     )  # fmt: skip
 
 
@@ -230,7 +231,7 @@ def _train(game: Game, params: Params, table: Table, objective: Any, settings: S
         game.model, params, table, objective, settings,
         mesh=game.mesh, seed=game.config.seed, round_index=files.round_index,
         opponents_per_prompt=game.config.opponents_per_prompt, checkpoints=game.checkpoints,
-        directory=files.directory, should_stop=game.should_stop,
+        directory=files.directory, should_stop=game.stop.at_step,
     )  # fmt: skip
 
 

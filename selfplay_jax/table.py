@@ -39,8 +39,11 @@ class Table:
     usable: Sequence[np.ndarray]
     players: Sequence[np.ndarray]
 
-    def batch(self, rows: np.ndarray, *, size: int, epoch: int, per_round: int) -> Batch:
-        """The groups of `rows`, filled up to `size`; of a source's S samples each epoch takes the next `per_round`."""
+    def batch(self, rows: np.ndarray, *, size: int, epoch: int, per_round: int, own: np.ndarray | None = None) -> Batch:
+        """The groups of `rows`, filled up to `size`; of a source's S samples each epoch takes the next `per_round`.
+
+        `own`, bool [size]: the groups whose tokens this process needs, by default all.
+        """
         filled = np.resize(rows, size)
         real = np.arange(size) < len(rows)
         columns = [[[self.targets[n]] for n in filled]]
@@ -53,7 +56,7 @@ class Table:
             players.append(scores[:, filled][:, :, taken])
         responses = [[z for column in columns for z in column[b]] for b in range(size)]
         scores = np.moveaxis(np.concatenate(players, axis=-1), 0, 1).astype(np.float32)
-        group = pack([self.prompts[n] for n in filled], responses)
+        group = pack([self.prompts[n] for n in filled], responses, own=own)
         return Batch(group, scores, np.concatenate(present, axis=-1) & real[:, None], real)
 
 
@@ -74,18 +77,27 @@ class _Batches:
     steps: list[tuple[int, np.ndarray]]
     size: int
     per_round: int
+    own: np.ndarray | None
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, step: int) -> Batch:
         epoch, rows = self.steps[step]
-        return self.table.batch(rows, size=self.size, epoch=epoch, per_round=self.per_round)
+        return self.table.batch(rows, size=self.size, epoch=epoch, per_round=self.per_round, own=self.own)
 
 
 def batches(
-    table: Table, steps: list[tuple[int, np.ndarray]], *, size: int, per_round: int
+    table: Table,
+    steps: list[tuple[int, np.ndarray]],
+    *,
+    size: int,
+    per_round: int,
+    own: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """The batches of a schedule, in order. `get_state()` says where the iterator stands, `set_state` goes there."""
-    source = grain.MapDataset.source(_Batches(table, steps, size, per_round))
+    """The batches of a schedule, in order. `get_state()` says where the iterator stands, `set_state` goes there.
+
+    Every process has the whole batch's shapes and lengths, and the tokens of the rows `own` (bool [size]) or of all.
+    """
+    source = grain.MapDataset.source(_Batches(table, steps, size, per_round, own))
     return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)))

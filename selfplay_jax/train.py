@@ -13,8 +13,8 @@ import optax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from selfplay_jax import distributed, partitioning
 from selfplay_jax import metrics as metrics_files
-from selfplay_jax import partitioning
 from selfplay_jax.checkpoints import Checkpoints, abstract_like
 from selfplay_jax.errors import Stopped, UserError
 from selfplay_jax.groups import Array, padding_share
@@ -264,7 +264,8 @@ def train(
     resumed = saved is not None and base <= saved < base + STRIDE
     start = saved - base if saved is not None and resumed else 0
     trained, frozen = model.split(params)
-    loader = batches(table, steps, size=size, per_round=opponents_per_prompt)
+    own = distributed.own_rows(parts.rows, size)
+    loader = batches(table, steps, size=size, per_round=opponents_per_prompt, own=own)
     if resumed:
         jax.tree.map(lambda leaf: leaf.delete(), trained)
         state, position = checkpoints.load_state(base + start, parts.abstract)
@@ -280,6 +281,7 @@ def train(
         for number in range(start, len(steps)):
             stopping = should_stop()
             if number > start and (stopping or number % settings.checkpoint_every == 0):
+                writer.flush()  # before the state: what is resumed from it never lacks rows
                 checkpoints.save_state(base + number, state, loader.get_state())
             if stopping:
                 raise Stopped
@@ -288,6 +290,7 @@ def train(
             state, row = _one_step(parts, state, frozen, batch, float(rates[number]))
             if not row.pop("finite"):
                 if number > start:
+                    writer.flush()
                     checkpoints.save_state(base + number, state, position)
                 raise UserError(
                     f"the loss is not finite at step {number + 1} of {name} (loss {row['loss']}, gradient norm "
@@ -307,7 +310,7 @@ def _one_step(
 ) -> tuple[TrainState, dict[str, float]]:
     """Takes a step and waits for it; the row of metrics has what the device and the clock say."""
     began = time.perf_counter()
-    state, metrics = parts.step(state, frozen, jax.device_put(batch, parts.rows), np.float32(rate))
+    state, metrics = parts.step(state, frozen, distributed.to_devices(batch, parts.rows), np.float32(rate))
     row = {key: float(value) for key, value in jax.device_get(metrics).items()}
     share = padding_share(batch.group, int(batch.real.sum()))
     tokens = (1.0 - share) * (batch.group.prompt.size + batch.group.responses.size)

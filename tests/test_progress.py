@@ -329,8 +329,3 @@ def test_full_disk_is_a_user_error_and_keeps_the_old_file(tmp_path, monkeypatch)
     writer.close()
     assert metrics.read_json(file) == {"a": 1}
     assert not list(tmp_path.glob("*partial*"))
-
-
-def test_object_store_is_refused():
-    with pytest.raises(UserError, match="local"):
-        metrics.MetricsWriter("gs://bucket/run")

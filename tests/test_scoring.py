@@ -63,7 +63,7 @@ def test_many_columns_are_scored_in_turns(rows, monkeypatch):
     monkeypatch.setattr(scoring, "_MOST_COLUMNS", 2)
     seen = []
     pack = scoring.pack
-    monkeypatch.setattr(scoring, "pack", lambda p, z: seen.append(len(z[0])) or pack(p, z))
+    monkeypatch.setattr(scoring, "pack", lambda p, z, own: seen.append(len(z[0])) or pack(p, z, own=own))
     found = score(MODEL, fresh_params(), *rows, mesh=one_device(), batch_size=4)
     np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5)
     assert seen == [2, 1] * 3

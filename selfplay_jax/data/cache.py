@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from selfplay_jax import distributed
 from selfplay_jax.data import tokens
 from selfplay_jax.data.records import Example
 from selfplay_jax.data.templates import Template
@@ -38,7 +39,8 @@ def encode(
 ) -> tuple[list[Record], dict[str, int]]:
     """`tokens.encode`, from the file in `directory` that holds its result, or written there; "" keeps nothing.
 
-    A file that cannot be read is made anew, one that cannot be written is done without.
+    A file that cannot be read is made anew, one that cannot be written is done without. Of several processes the lead
+    writes, and those that do not see its file do afterwards.
 
     Raises:
       UserError: see `tokens.encode`.
@@ -47,12 +49,17 @@ def encode(
         return tokens.encode(examples, template, on_progress=on_progress, **limits)
     path = Path(directory).expanduser() / f"{_key(examples, template, limits)}.parquet"
     kept = _read(path)
+    found = kept or tokens.encode(examples, template, on_progress=on_progress, **limits)
+    missing = distributed.gather(kept is None)
+    if distributed.is_lead() and missing[0]:
+        _write(path, *found)
+    if any(missing[1:]):
+        distributed.barrier("tokenised")
+        if kept is None and not path.exists():  # the folder is this host's own
+            _write(path, *found)
     if kept is not None:
         on_progress(len(examples))
-        return kept
-    records, counts = tokens.encode(examples, template, on_progress=on_progress, **limits)
-    _write(path, records, counts)
-    return records, counts
+    return found
 
 
 def _key(examples: Sequence[Example], template: Template, limits: dict[str, Any]) -> str:

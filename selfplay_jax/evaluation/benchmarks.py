@@ -45,7 +45,7 @@ def _gsm8k(subject: Subject, records: Sequence[Record], name: str, shots: Sequen
                 until=gsm8k.UNTIL,
                 max_new_tokens=gsm8k.MAX_NEW_TOKENS,
                 slots=subject.config.evaluation.batch_size,
-                mesh=subject.mesh,
+                mesh=subject.decode_mesh or subject.mesh,
                 on_progress=advance,
             )
 
@@ -96,6 +96,7 @@ def harness(subject: Subject, name: str, limit: int) -> Result:
         mesh=subject.mesh,
         batch_size=subject.config.evaluation.batch_size,
         decode_params=subject.decode_params,
+        decode_mesh=subject.decode_mesh,
         seed=subject.config.seed,
         check_stop=subject.check_stop,
     )

@@ -51,6 +51,7 @@ class HarnessLM(TemplateLM):
         mesh: Mesh | None = None,
         batch_size: int = 16,
         decode_params: Params | None = None,
+        decode_mesh: Mesh | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
@@ -64,7 +65,7 @@ class HarnessLM(TemplateLM):
         mesh: None is the first device.
         batch_size: contexts scored together (each with all its continuations); responses decoded together, or up to
           four times as many where their keys and values take less than 2 GiB.
-        decode_params: the same parameters laid out for decoding; by default `params`.
+        decode_params, decode_mesh: the same parameters laid out for decoding, and where; by default `params` on `mesh`.
         max_length: tokens that the model sees, by default its `max_position_embeddings`; longer inputs lose their left.
         max_gen_toks: tokens generated where the task does not say.
         add_bos_token: whether texts get a BOS; None leaves it to the tokenizer.
@@ -80,6 +81,7 @@ class HarnessLM(TemplateLM):
         shardings = partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), self._mesh)
         self._model, self._params = model, jax.device_put(params, shardings)
         self._decode_params = self._params if decode_params is None else decode_params
+        self._decode_mesh = decode_mesh or self._mesh
         self._add_bos, self._prefix, self._seed = add_bos_token, prefix_token_id, seed
         self._check_stop = check_stop
         self._remembered = functools.lru_cache(maxsize=64)(self._encode)  # one context comes with all its choices
@@ -242,7 +244,7 @@ class HarnessLM(TemplateLM):
             prompts,
             seed=self._seed,
             slots=self._slots(max(map(len, prompts)) + options["max_new_tokens"]),
-            mesh=self._mesh,
+            mesh=self._decode_mesh,
             on_progress=advance,
             **options,
         )

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from selfplay_jax import partitioning
+from selfplay_jax import distributed, partitioning
 from selfplay_jax.groups import pack
 from selfplay_jax.logprobs import by_rows, greedy_logps
 from selfplay_jax.models.decoder import Model, Params
@@ -78,7 +78,7 @@ def likelihoods(
     for i, (context, continuation) in enumerate(pairs):
         asked[tuple(context), tuple(continuation)].append(i)
     result = Likelihoods(np.zeros(len(pairs), np.float32), np.zeros(len(pairs), bool))
-    program = _program(model, mesh)
+    program, sharding = _program(model, mesh), partitioning.rows(mesh)
     rows = _rows(asked)
     plan = _Plan(batch_size, partitioning.data_shards(mesh), few=len(rows) <= _FEW * batch_size)
     for batch in plan.batches(rows):
@@ -89,9 +89,10 @@ def likelihoods(
             [row.continuations + [()] * (columns - len(row.continuations)) for row in padded],
             prompt_width=prompt_width,
             response_width=width,
+            own=distributed.own_rows(sharding, count),
         )
         with partitioning.use_mesh(mesh):
-            logps, greedy = jax.device_get(program(params, group))
+            logps, greedy = jax.device_get(program(params, distributed.to_devices(group, sharding)))
         done = 0
         for b, row in enumerate(batch):
             for k, continuation in enumerate(row.continuations):

@@ -11,7 +11,8 @@ from selfplay_jax.data.templates import Template
 from selfplay_jax.data.tokens import Record
 from selfplay_jax.models.decoder import Model, Params
 from selfplay_jax.progress import progress
-from selfplay_jax.sampling import Samples, generate
+from selfplay_jax.sampling import Samples
+from selfplay_jax.sampling.shared import generate_shared
 from selfplay_jax.scoring import score
 
 # Evaluation draws from streams of its own, the same ones for every checkpoint, so that checkpoints are compared on
@@ -26,8 +27,8 @@ class Subject:
     """A checkpoint as the evaluations see it.
 
     params are laid out for scoring; decode_model and decode_params compute the same, laid out for decoding (and with
-    LoRA's adapters merged). start() gives the parameters of θ_0, None for θ_0 itself. train: records to take worked
-    examples from.
+    LoRA's adapters merged) on decode_mesh, by default `mesh`: of several processes each may have its own. start() gives
+    the parameters of θ_0, None for θ_0 itself. train: records to take worked examples from.
     """
 
     model: Model
@@ -40,6 +41,7 @@ class Subject:
     config: Any
     train: Sequence[Record]
     check_stop: Callable[[], None] = lambda: None
+    decode_mesh: Mesh | None = None
 
     def generate(self, title: str, prompts: Sequence[Sequence[int]], temperature: float, copies: int) -> Samples:
         """`copies` answers to each prompt, with the run's settings."""
@@ -49,7 +51,7 @@ class Subject:
                 bar.advance(count)
                 self.check_stop()
 
-            return generate(
+            return generate_shared(
                 self.decode_model,
                 self.decode_params,
                 prompts,
@@ -59,7 +61,7 @@ class Subject:
                 stop_ids=self.template.stop_ids,
                 samples_per_prompt=copies,
                 slots=self.config.evaluation.batch_size,
-                mesh=self.mesh,
+                mesh=self.decode_mesh or self.mesh,
                 on_progress=advance,
             )
 

@@ -6,7 +6,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from selfplay_jax.models.decoder import Model, Params
-from selfplay_jax.sampling import generate
+from selfplay_jax.sampling.shared import generate_shared
 
 # How far back `stop_when` reads, in tokens beside the stop string's: more than come between two of the sampler's looks.
 _RECENT = 32
@@ -43,7 +43,7 @@ def generate_texts(
     Args:
       prompts: lists of token ids.
       until: stop strings; a special token's name is one too (the text itself comes without special tokens).
-      temperature, top_k, top_p, seed, slots, mesh, on_progress: see `generate`; greedy by default.
+      temperature, top_k, top_p, seed, slots, mesh, on_progress: see `generate_shared`; greedy by default.
     """
     stops = [stop for stop in until if stop]
     # A stop string is spelled by one token a byte at most.
@@ -54,7 +54,7 @@ def generate_texts(
         return any(stop in text for stop in stops)
 
     ends = {*model.config.stop_ids, tokenizer.eos_token_id} - {None}
-    samples = generate(
+    samples = generate_shared(
         model,
         params,
         prompts,

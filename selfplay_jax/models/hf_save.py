@@ -1,10 +1,12 @@
 """Parameters into a model directory of Hugging Face, which transformers, vLLM and lm-evaluation-harness open.
 
 Safetensors files are written as they are read: tensor by tensor. A layer's slice is cut, transposed and cast on the
-devices, fetched and appended to its file, so the host never holds a whole parameter, nor a whole file.
+devices, fetched and appended to its file, so the host never holds a whole parameter, nor a whole file. Of several
+processes the lead writes; the others bring their part of each tensor.
 """
 
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from selfplay_jax import distributed
 from selfplay_jax.errors import UserError
 from selfplay_jax.models import hf_config
 from selfplay_jax.models.decoder import Model, Params
@@ -67,6 +70,12 @@ def save_hf(
     dtype = model.param_dtype if dtype is None else dtype
     if dtype not in _DTYPES:
         raise UserError(f"dtype: exported tensors can be {', '.join(_DTYPES)}, not {dtype!r}")
+    plan = _plan(model, max_shard_bytes, dtype)
+    if not distributed.is_lead():
+        for _, entry, layer in itertools.chain(*plan):
+            _fetch(entry, layer, params, dtype)
+        distributed.barrier("exported")
+        return
     origin = None if source is None else local_directory(source)
     _refuse_foreign(path)
     with rebuilt(path, "the model") as partial:
@@ -75,7 +84,8 @@ def save_hf(
             _copy_tokenizer(origin, partial)
         if chat_template is not None:
             (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
-        _write_weights(partial, model, params, max_shard_bytes, dtype)
+        _write_weights(partial, plan, params, dtype)
+    distributed.barrier("exported")
 
 
 def _write_configs(directory: pathlib.Path, model: Model, origin: pathlib.Path | None, dtype: str) -> None:
@@ -98,9 +108,13 @@ def _copy_tokenizer(origin: pathlib.Path, directory: pathlib.Path) -> None:
         shutil.copyfile(origin / name, directory / name)
 
 
-def _write_weights(directory: pathlib.Path, model: Model, params: Params, max_shard_bytes: float, dtype: str) -> None:
+_Shard = list[tuple[str, Tensor, int]]
+
+
+def _plan(model: Model, max_shard_bytes: float, dtype: str) -> list[_Shard]:
+    """The files of weights: by file the tensors (name, entry, layer), in order."""
     width = jnp.dtype(dtype).itemsize
-    plan: list[list[tuple[str, Tensor, int]]] = [[]]
+    plan: list[_Shard] = [[]]
     room = max_shard_bytes
     for item in in_file_order(tensors(model.config)):
         size = math.prod(item[1].file_shape) * width
@@ -109,6 +123,10 @@ def _write_weights(directory: pathlib.Path, model: Model, params: Params, max_sh
             room = max_shard_bytes
         plan[-1].append(item)
         room -= size
+    return plan
+
+
+def _write_weights(directory: pathlib.Path, plan: list[_Shard], params: Params, dtype: str) -> None:
     shard_of: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(plan, 1):
@@ -120,7 +138,7 @@ def _write_weights(directory: pathlib.Path, model: Model, params: Params, max_sh
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: pathlib.Path, shard: list[tuple[str, Tensor, int]], params: Params, dtype: str) -> int:
+def _write_shard(path: pathlib.Path, shard: _Shard, params: Params, dtype: str) -> int:
     """One safetensors file: the header's length (8 bytes, little endian), the header, the tensors back to back."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -146,7 +164,7 @@ def _fetch(entry: Tensor, layer: int, params: Params, dtype: str) -> np.ndarray:
         leaf = jnp.asarray(leaf[layer] if entry.stacked else leaf)
     elif entry.stacked:
         leaf = _cut(leaf, np.int32(layer))
-    return np.ascontiguousarray(jax.device_get(_lay_out(leaf, entry.to_file, dtype)))
+    return np.ascontiguousarray(distributed.to_host(_lay_out(leaf, entry.to_file, dtype)))
 
 
 @jax.jit

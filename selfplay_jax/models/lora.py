@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from selfplay_jax import distributed
 from selfplay_jax.errors import UserError
 from selfplay_jax.models.config import PROJECTIONS, Lora
 from selfplay_jax.models.hf_directory import rebuilt
@@ -126,15 +127,19 @@ def save_peft(path: str | pathlib.Path, model: "Model", params: Tree, *, base: s
     }
     arrays: dict[str, np.ndarray] = {}
     for name, places in modules.items():
-        a, b = (np.asarray(params["layers"][name][key], np.float32) for key in _NAMES)
+        a, b = (np.asarray(distributed.to_host(params["layers"][name][key]), np.float32) for key in _NAMES)
         for layer, place in enumerate(places):
             rank = model.lora.rank
             arrays[f"{_PREFIX}{place}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, rank).T)
             arrays[f"{_PREFIX}{place}.lora_B.weight"] = np.ascontiguousarray(b[layer].reshape(rank, -1).T)
     path = pathlib.Path(path)
-    with rebuilt(path, "the adapters") as partial:
-        (partial / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        safetensors.numpy.save_file(arrays, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+    def write() -> None:
+        with rebuilt(path, "the adapters") as partial:
+            (partial / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            safetensors.numpy.save_file(arrays, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+    distributed.agree(write)
 
 
 def _modules(model: "Model") -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
-from selfplay_jax import partitioning
+from selfplay_jax import distributed, partitioning
 from selfplay_jax.groups import bucket, pad_rows
 from selfplay_jax.models.decoder import CACHE_AXES, Model, Params
 from selfplay_jax.sampling import slots as device
@@ -245,7 +245,7 @@ def generate(
                 state = programs.fill(params, state, device.Refill(jnp.asarray(source), padded, lengths, keys))
             enough = np.int32(width if queue else slots)
             state = programs.decode(params, state, enough, None if stop_when is None else np.int32(_LOOK_EVERY))
-            busy, ended, sums, counts, drawn = jax.device_get(
+            busy, ended, sums, counts, drawn = distributed.to_host(
                 (state.busy, state.finished, state.logps, state.produced, state.tokens)
             )
             if stop_when is not None:
@@ -254,7 +254,7 @@ def generate(
                 busy, ended = busy & ~told, ended | told
                 sums, counts = np.where(told, np.float32(np.nan), sums), np.where(told, stops_at, counts)
                 if told.any():
-                    state = state._replace(busy=jax.device_put(busy, state.busy.sharding))
+                    state = state._replace(busy=distributed.to_devices(busy, state.busy.sharding))
             done = np.flatnonzero((owner >= 0) & ~busy)
             for slot in done:
                 tokens[owner[slot]] = drawn[slot, : counts[slot]].tolist()

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from selfplay_jax import distributed
 from selfplay_jax.data.templates import Template
 from selfplay_jax.data.tokens import Record
 from selfplay_jax.models.decoder import Model, Params
-from selfplay_jax.progress import progress
+from selfplay_jax.progress import progress, say
 from selfplay_jax.rounds import Responses, RoundFiles, chunks
-from selfplay_jax.sampling.generate import generate
+from selfplay_jax.sampling.generate import Samples, generate
 
 
 def rollout(
@@ -30,57 +31,77 @@ def rollout(
     """S responses of θ_t to every record, read from disk where they lie there already.
 
     `settings` are the config's `sampling` fields. Each chunk of prompts is sampled by itself, always alike, so a killed
-    rollout goes on with the first chunk that is not saved and ends with the same responses. `check_stop` is called now
-    and then and may raise.
+    rollout goes on with the chunks that are not saved and ends with the same responses. Of several processes each
+    samples its share of the chunks where `mesh` is its own. `check_stop` is called now and then and may raise.
     """
-
-    def advance(count: int) -> None:
-        bar.advance(count)
-        check_stop()
-
     ids = [record.id for record in records]
-    if files.responses_path().exists():
+    if distributed.agree(lambda: files.responses_path().exists()):
         return files.load_responses(ids)
-    longest = max(len(record.prompt) for record in records)
     parts = list(chunks(len(records), settings.chunk))
-    done = [files.responses_path(part).exists() for part, _ in parts]
-    total, ready = (
-        len(records) * samples_per_prompt,
-        sum(
-            (rows.stop - rows.start) * samples_per_prompt for (_, rows), there in zip(parts, done, strict=True) if there
-        ),
-    )
-    title = f"sampling round {files.round_index}"
-    with progress(title, total=total, unit="responses", start=ready) as bar:
-        for (part, rows), there in zip(parts, done, strict=True):
-            if there:
-                continue
-            chunk = records[rows]
-            samples = generate(
-                model,
-                params,
-                [record.prompt for record in chunk],
-                seed=seed,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                max_new_tokens=settings.max_new_tokens,
-                stop_ids=template.stop_ids,
-                prompt_ids=ids[rows],
-                samples_per_prompt=samples_per_prompt,
-                round_index=files.round_index,
-                slots=settings.slots,
-                max_prompt_tokens=longest,
-                mesh=mesh,
-                on_progress=advance,
-            )
-            shape = (len(chunk), samples_per_prompt)
-            grouped = [samples.tokens[i : i + shape[1]] for i in range(0, len(samples.tokens), shape[1])]
-            responses = Responses(grouped, samples.finished.reshape(shape), samples.logps.reshape(shape))
-            texts = [template.decode(tokens) for tokens in samples.tokens]
-            files.save_responses(responses, chunk, texts, part)
+    done = distributed.agree(lambda: [files.responses_path(part).exists() for part, _ in parts])
+    left = [chunk for chunk, there in zip(parts, done, strict=True) if not there]
+    split = distributed.is_local(mesh)  # else all processes sample every chunk together
+    longest = max(len(record.prompt) for record in records)
+
+    def sample(rows: slice, on_progress: Callable[[int], None]) -> Samples:
+        return generate(
+            model,
+            params,
+            [record.prompt for record in records[rows]],
+            seed=seed,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=template.stop_ids,
+            prompt_ids=ids[rows],
+            samples_per_prompt=samples_per_prompt,
+            round_index=files.round_index,
+            slots=settings.slots,
+            max_prompt_tokens=longest,
+            mesh=mesh,
+            on_progress=on_progress,
+        )
+
+    def sample_and_save(ours: list[tuple[int, slice]], ready: int) -> None:
+        def advance(count: int) -> None:
+            bar.advance(count)
+            check_stop()
+
+        total = ready + _prompts(ours) * samples_per_prompt
+        with progress(f"sampling round {files.round_index}", total=total, unit="responses", start=ready) as bar:
+            for part, rows in ours:
+                samples = sample(rows, advance)
+                if split or distributed.is_lead():
+                    _save(files, part, records[rows], samples, template)
+
+    if split:
+        _tell_of_idle(len(left), settings.chunk)
+        distributed.each(lambda: sample_and_save(distributed.mine(left), 0))
+    else:
+        sample_and_save(left, (len(records) - _prompts(left)) * samples_per_prompt)
     files.join_parts(len(parts))
     return files.load_responses(ids)
+
+
+def _prompts(some: Sequence[tuple[int, slice]]) -> int:
+    return sum(rows.stop - rows.start for _, rows in some)
+
+
+def _save(files: RoundFiles, part: int, records: Sequence[Record], samples: Samples, template: Template) -> None:
+    shape = (len(records), len(samples.tokens) // len(records))
+    grouped = [samples.tokens[i : i + shape[1]] for i in range(0, len(samples.tokens), shape[1])]
+    responses = Responses(grouped, samples.finished.reshape(shape), samples.logps.reshape(shape))
+    files.save_responses(responses, records, [template.decode(tokens) for tokens in samples.tokens], part)
+
+
+def _tell_of_idle(left: int, chunk: int) -> None:
+    idle = distributed.count() - left
+    if idle > 0:
+        say(
+            f"note: config.sampling.chunk={chunk} leaves {left} chunks for {distributed.count()} processes: {idle} of "
+            "them wait"
+        )
 
 
 def describe(responses: Responses, records: Sequence[Record]) -> dict[str, Any]:
