@@ -2,12 +2,14 @@
 
 The text is read line by line. Loops count as often as they run: a loop whose condition compares a counter with a
 constant is a scan; of any other (decoding until enough slots are done) one iteration is counted, apart from the rest.
+With several slices the program is one slice's: its collectives stay within it, and what crosses is sent by way of the
+host ("megascale").
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,6 +17,7 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128"
 _COLLECTIVE = re.compile(
     r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)(-start)?$"
 )
+_ACROSS = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"\b(calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.\-]+)")
@@ -43,13 +46,13 @@ class _Instruction:
     rest: str
 
 
-def read(text: str, slice_of: Sequence[int]) -> tuple[Traffic, Traffic]:
+def read(text: str, *, devices: int, slices: int) -> tuple[Traffic, Traffic]:
     """(what runs once, one iteration of the unbounded loop if there is one) of a compiled program's text.
 
-    slice_of: the slice of each device, in the mesh's order.
+    devices: those of one slice.
     """
     computations, entry = _computations(text)
-    once, repeated = _Tally(slice_of), _Tally(slice_of)
+    once, repeated = _Tally(devices, slices), _Tally(devices, slices)
 
     def visit(name: str, times: float, unbounded: bool, inside: str) -> None:
         tally = repeated if unbounded else once
@@ -74,8 +77,8 @@ def read(text: str, slice_of: Sequence[int]) -> tuple[Traffic, Traffic]:
 class _Tally:
     """Sums over instructions. The pieces of one asynchronous collective share a channel and count once."""
 
-    def __init__(self, slice_of: Sequence[int]):
-        self._slice_of = np.asarray(slice_of)
+    def __init__(self, devices: int, slices: int):
+        self._devices, self._slices = devices, slices
         self._cycles = 0.0
         self._sent: dict[str, tuple[str, float, float, float]] = {}
 
@@ -83,46 +86,43 @@ class _Tally:
         match = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
         self._cycles += times * int(match.group(1)) if match else 0.0
         kind = _COLLECTIVE.match(instruction.opcode)
-        if not kind:
+        across = _ACROSS.search(instruction.rest) if instruction.opcode == "send" else None
+        if kind:
+            name, ici = self._within(kind.group(1), bool(kind.group(2)), instruction, inside)
+            dcn = 0.0
+        elif across:
+            name, ici = f"across slices: {across.group(1).lower()}", 0.0
+            dcn = self._across(across.group(1), instruction)
+        else:
             return
-        name = kind.group(1)
-        if inside.startswith("all-reduce-scatter"):  # how the TPU compiler writes a reduce-scatter
-            name = "reduce-scatter"
-        ici, dcn = self._bytes(name, instruction, started=bool(kind.group(2)), whole=name != kind.group(1))
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        key = channel.group(1) if channel else f"{inside}/{instruction.name}"
+        key = f"{instruction.opcode}/{channel.group(1) if channel else f'{inside}/{instruction.name}'}"
         if key not in self._sent or self._sent[key][1] < times:
             self._sent[key] = (name, times, ici * times, dcn * times)
 
-    def _bytes(self, kind: str, instruction: _Instruction, *, started: bool, whole: bool) -> tuple[float, float]:
-        """(within the slice, to others) sent per device: rings within, an exchange of equal shares across slices."""
-        size, crossed = self._group(instruction.rest)
+    def _within(self, kind: str, started: bool, instruction: _Instruction, inside: str) -> tuple[str, float]:
+        """(kind, bytes that a device sends) of a collective within the slice, run as rings."""
+        size = 2 if kind == "collective-permute" else len(replica_groups(instruction.rest, self._devices)[0])
         payload = _size(instruction.shape)
         if kind == "collective-permute":
-            payload /= 2 if started else 1
-            return (0.0, payload) if crossed > 1 else (payload, 0.0)
+            return kind, payload / 2 if started else payload
+        if kind == "all-reduce" and inside.startswith("all-reduce-scatter"):  # the TPU compiler's reduce-scatter
+            return "reduce-scatter", payload * (size - 1) / size
         if kind == "all-gather" and started:  # its result holds the operand too
             payload *= size / (size + 1)
-        if kind == "reduce-scatter" and not whole:
+        if kind == "reduce-scatter":
             payload *= size
-        rounds = 2 if kind == "all-reduce" else 1
-        within = size / crossed
-        return (
-            rounds * payload * (within - 1) / within,
-            rounds * payload / within * (crossed - 1) / crossed,
-        )
+        return kind, (2 if kind == "all-reduce" else 1) * payload * (size - 1) / size
 
-    def _group(self, rest: str) -> tuple[int, int]:
-        """(devices of a collective's group, slices it spans)."""
-        devices = len(self._slice_of)
-        pairs = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", rest)
-        if pairs:
-            ends = np.asarray(_explicit(pairs.group(1)))
-            crossing = bool(np.any(self._slice_of[ends[:, 0]] != self._slice_of[ends[:, 1]]))
-            return 2, 2 if crossing else 1
-        groups = replica_groups(rest, devices)
-        first = np.asarray(groups[0])
-        return len(first), len(np.unique(self._slice_of[first % devices]))
+    def _across(self, kind: str, instruction: _Instruction) -> float:
+        """Bytes that a device's host sends to other slices for it: each slice ends with, or sends, equal shares."""
+        array = next(_arrays(instruction.shape))
+        payload = _size(f"{array[0]}[{array[1]}]")
+        others = self._slices - 1
+        factors = {"ALL_REDUCE": 2 * others / self._slices, "ALL_GATHER": others}
+        if kind in ("REDUCE_SCATTER", "ALL_TO_ALL"):
+            return payload * others / self._slices
+        return payload * factors.get(kind, 1.0)
 
     def total(self) -> Traffic:
         counts: dict[str, int] = {}

@@ -39,15 +39,14 @@ def main() -> int:
         return 0
     # As in selfplay.play: float32 games multiply in float32 on accelerators too.
     precision = "highest" if config.model.compute_dtype == "float32" else None
-    slice_of = [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat]
     for name in request["programs"]:
         tell(name, "started")
         with jax.default_matmul_precision(precision):
-            _compile(programs.build(config, shape, mesh, name), mesh, slice_of, tell)
+            _compile(programs.build(config, shape, mesh, name), mesh, request["slices"], tell)
     return 0
 
 
-def _compile(program: programs.Program, mesh: Any, slice_of: list[int], tell: Any) -> None:
+def _compile(program: programs.Program, mesh: Any, slices: int, tell: Any) -> None:
     with partitioning.use_mesh(mesh):
         counted = programs.count(program.jitted, program.arguments, mesh)
         tell(
@@ -76,7 +75,7 @@ def _compile(program: programs.Program, mesh: Any, slice_of: list[int], tell: An
             },
         )  # fmt: skip
         # The text comes last: the compiler has been seen to abort while writing it.
-        once, repeated = hlo.read(compiled.as_text(), slice_of)
+        once, repeated = hlo.read(compiled.as_text(), devices=mesh.size // slices, slices=slices)
         tell(program.name, "read", once=vars(once), repeated=vars(repeated))
 
 

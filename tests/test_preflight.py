@@ -1,0 +1,531 @@
+"""Preflight: names of slices, flops, the reading of compiled programs, advice; with libtpu, real compiles."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import PLAIN
+
+from selfplay_jax import partitioning
+from selfplay_jax.errors import UserError
+from selfplay_jax.main import read_flags
+from selfplay_jax.models.decoder import Model
+from selfplay_jax.preflight import advise, command, flops, hlo, programs, shapes, speed, topologies
+from selfplay_jax.preflight.compile import CRASHED, FITS, LATE, TOO_LARGE, Outcome, compile_programs, diagnose
+from selfplay_jax.preflight.result import Result
+
+ROOT = pathlib.Path(__file__).parents[1]
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+
+
+def config_of(*flags: str, file: str = "tpaw", preset: str = "demo") -> Any:
+    return read_flags([f"--config={ROOT}/configs/{file}.py:{preset}", *flags])[0]
+
+
+# Slices: (name, topology name, chips, hosts), from the tables of Cloud TPU's documentation.
+@pytest.mark.parametrize(
+    ("name", "topology", "chips", "hosts"),
+    [
+        ("v5litepod-1", "v5e:1x1", 1, 1),
+        ("v5litepod-8", "v5e:2x4", 8, 1),
+        ("v5litepod-16", "v5e:4x4", 16, 4),
+        ("v5e-16", "v5e:4x4", 16, 4),
+        ("v5litepod-256", "v5e:16x16", 256, 64),
+        ("v6e-8", "v6e:2x4", 8, 1),
+        ("v6e-256", "v6e:16x16", 256, 64),
+        ("v4-8", "v4:2x2x1", 4, 1),
+        ("v4-32", "v4:2x2x4", 16, 4),
+        ("v5p-8", "v5p:2x2x1", 4, 1),
+        ("v5p-16", "v5p:2x2x2", 8, 2),
+        ("v5p-256", "v5p:4x4x8", 128, 32),
+        ("v5p-12288", "v5p:16x16x24", 6144, 1536),
+        ("v5p:2x4x4", "v5p:2x4x4", 32, 8),
+        ("V5P-16", "v5p:2x2x2", 8, 2),
+    ],
+)
+def test_slice_names(name: str, topology: str, chips: int, hosts: int) -> None:
+    found = topologies.find(name)
+    assert (found.topology, found.chips, found.hosts, found.slices) == (topology, chips, hosts, 1)
+
+
+def test_several_slices() -> None:
+    found = topologies.find("2xv5p-256")
+    assert (found.topology, found.slices, found.chips) == ("v5p:4x4x8", 2, 256)
+    assert topologies.find("v5p-256", slices=2).chips == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v5p-7", "v5p-8, v5p-16"),
+        ("v5litepod-5", "v5litepod-4, v5litepod-8"),
+        ("v4-8192", "v4-4096"),
+        ("v5e:4", "has 2 sizes, as in v5e:1x1"),
+        ("v5p:2x2", "has 3 sizes"),
+        ("tpu7x-8", "tpu7x:2x2x1"),
+        ("h100", "Generations are v4"),
+        ("v6p-16", "did you mean v6e-16"),
+        ("0xv5p-8", "one slice at least"),
+    ],
+)
+def test_slices_that_do_not_exist(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        topologies.find(name)
+
+
+# Published parameter counts.
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("mistral-7b", 7_241_732_096),
+    ],
+)
+def test_known_shapes(name: str, parameters: int) -> None:
+    leaves = jax.tree.leaves(Model(shapes.SHAPES[name]).abstract_params())
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == parameters
+
+
+def test_where_a_shape_comes_from(tmp_path: pathlib.Path) -> None:
+    config = config_of(preset="ultrachat_llama3.1_8b")
+    assert shapes.find(config)[0] == shapes.SHAPES["llama-3.1-8b"]
+    assert shapes.find(config_of(preset="ultrachat_zephyr_7b"))[0] == shapes.SHAPES["mistral-7b"]
+    assert shapes.find(config_of(preset="gsm8k_qwen2.5_1.5b"))[0] == shapes.SHAPES["qwen2.5-1.5b"]
+    fields = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 11, "hidden_size": 8,
+        "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    shape, source = shapes.find(config, str(tmp_path))
+    assert (shape.num_layers, shape.vocab_size) == (3, 11)
+    assert source == f"{tmp_path}/config.json"
+    with pytest.raises(UserError, match="give --model=DIR"):
+        shapes.find(config, "runs/nothing/hf/final")
+
+
+# What a steady round of each method needs, by hand from METHOD's table: (columns, players, score passes).
+@pytest.mark.parametrize(
+    ("file", "columns", "players", "passes"),
+    [
+        ("sft", 1, 0, ()),
+        ("dpo", 2, 1, ((0, 2),)),
+        ("spin", 3, 1, ((2, 3),)),  # mix_previous: y_t and y_{t-1}
+        ("tspin", 3, 0, ()),
+        ("tpaw", 4, 3, ((2, 4), (1, 1), (0, 1))),
+    ],
+)
+def test_sizes_of_a_steady_round(file: str, columns: int, players: int, passes: tuple[Any, ...]) -> None:
+    config = config_of("--config.samples_per_prompt=1", "--config.opponents_per_prompt=1", file=file)
+    found = programs.sizes(config)
+    assert (found.columns, found.players) == (columns, players)
+    if file != "dpo":
+        assert found.passes == passes
+    assert (found.prompt, found.response) == (16, 32)
+
+
+def test_what_a_game_runs() -> None:
+    assert programs.names(config_of()) == ["train", "score", "fill", "decode"]
+    assert programs.names(config_of(file="sft")) == ["train"]
+    assert programs.names(config_of(file="tspin")) == ["train", "fill", "decode"]
+    with pytest.raises(UserError, match="sft does not run it"):
+        programs.check(config_of(file="sft"), ["decode"])
+
+
+def forward_flops(rows: int, prompt: int, columns: int, response: int) -> float:
+    """Matrix products of PLAIN on a batch of groups, by hand."""
+    c = PLAIN
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    linear = 2 * c.hidden_size * (2 * heads + 2 * kv + 3 * c.intermediate_size)
+    tokens = prompt + columns * response
+    attention = 4 * heads * (prompt * prompt + columns * response * (prompt + response))
+    logits = 2 * c.hidden_size * c.vocab_size * columns * response
+    return rows * (c.num_layers * (tokens * linear + attention) + logits)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
+def test_flops_against_a_hand_count(mesh: tuple[int, int, int]) -> None:
+    config = config_of(
+        "--config.samples_per_prompt=1", "--config.opponents_per_prompt=1", "--config.train.batch_size=16",
+        "--config.scoring.batch_size=16", "--config.train.accumulate=2", "--config.model.remat=full",
+    )  # fmt: skip
+    devices = partitioning.make_mesh(mesh[1], mesh[2], replica=mesh[0])
+    score = programs.build(config, PLAIN, devices, "score")
+    by_hand = forward_flops(16, 16, 4, 32)
+    assert programs.count(score.jitted, score.arguments, devices).total == by_hand
+    assert score.model_flops() == by_hand
+    train = programs.build(config, PLAIN, devices, "train")
+    assert train.model_flops() == 3 * by_hand  # backward: two products for each of the forward pass's
+    assert 3.9 * by_hand < programs.count(train.jitted, train.arguments, devices).total <= 4 * by_hand
+    assert train.tokens == 16 * (16 + 4 * 32)
+
+
+def test_flops_against_xlas_count_of_an_unrolled_model() -> None:
+    shape = dataclasses.replace(
+        PLAIN, num_layers=1, hidden_size=512, intermediate_size=2048, vocab_size=4096, num_heads=8, head_dim=64
+    )
+    model = Model(shape, logits_chunk=64)
+    tokens, lengths = jnp.zeros((2, 128), jnp.int32), jnp.full(2, 128)
+    traced = jax.jit(model.logits).trace(model.abstract_params(), tokens, lengths)
+    ours, xlas = flops.count(traced.jaxpr).total, traced.lower().cost_analysis()["flops"]
+    assert 0.99 * xlas < ours <= xlas  # XLA counts additions and exponentials too
+
+
+def test_flops_through_every_kind_of_call() -> None:
+    a = jnp.zeros((8, 4, 6)), jnp.zeros((8, 6, 5))
+    once = 2 * 8 * 4 * 6 * 5
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        return x @ y
+
+    def scanned(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda c, _: (c + jax.checkpoint(product)(x, y), None), jnp.zeros((8, 4, 5)), None, 7)[0]
+
+    def looped(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda c: c.sum() < 3, lambda c: c + product(x, y), jnp.zeros((8, 4, 5)))
+
+    def either(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jax.lax.cond(x.sum() > 0, product, lambda x, y: product(x, y) + product(x, y), x, y)
+
+    mesh, spec = partitioning.make_mesh(8), jax.sharding.PartitionSpec("fsdp")
+    mapped = jax.shard_map(product, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    custom = jax.custom_vjp(product)
+    custom.defvjp(lambda x, y: (product(x, y), (x, y)), lambda kept, g: (g @ kept[1].mT, kept[0].mT @ g))
+    gradient = jax.grad(lambda x, y: custom(x, y).sum(), argnums=(0, 1))
+    for function, times in ((product, 1), (scanned, 7), (looped, 1), (either, 2), (mapped, 1), (gradient, 3)):
+        assert flops.count(jax.make_jaxpr(jax.jit(function))(*a)).total == times * once, function
+
+
+def test_bytes_held_are_those_of_real_arrays() -> None:
+    mesh = partitioning.make_mesh(4, 2)
+    model = Model(PLAIN)
+    abstract = programs._params(model, mesh, partitioning.RULES)
+    params = jax.jit(model.init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(jax.random.key(0))
+    real = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+    assert programs.held(abstract) == real
+
+
+HLO = """HloModule jit_step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter.1 (input: f32[8,16]) -> f32[2,16] {
+  %input = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %all-reduce.9 = f32[8,16]{1,0:T(8,128)} all-reduce(%input), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[2,16]{1,0:T(8,128)} dynamic-slice(%all-reduce.9), dynamic_slice_sizes={2,16}
+}
+
+%fused_gather (p: bf16[4,8]) -> bf16[16,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[16,8]{1,0} all-gather(%p), channel_id=3, replica_groups=mesh['a'=4] {'a'}, dimensions={0}
+}
+
+%body (carry: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %carry = (s32[]{:T(128)}, /*index=1*/f32[8,16]{1,0:T(8,128)}) parameter(0)
+  %gather.0 = bf16[16,8]{1,0} fusion(%carry), kind=kCustom, calls=%fused_gather, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %gather.1 = bf16[16,8]{1,0} fusion(%carry), kind=kCustom, calls=%fused_gather, backend_config={"window_config":{"estimated_cycles":"50"}}
+  %scatter = f32[2,16]{1,0} fusion(%carry), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %out = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) tuple(%carry, %carry)
+}
+
+%condition (carry.1: (s32[], f32[8,16])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(5)
+  %carry.1 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) parameter(0)
+  %count = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%count, %constant.5), direction=LT
+}
+
+%until (carry.2: (s32[], f32[8,16])) -> pred[] {
+  %carry.2 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) parameter(0)
+  %busy = pred[]{:T(512)} custom-call(%carry.2)
+  ROOT %not = pred[]{:T(512)} not(%busy)
+}
+
+%again (carry.3: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %carry.3 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) parameter(0)
+  %work = f32[8,16]{1,0} fusion(%carry.3), kind=kLoop, calls=%add, backend_config={"estimated_cycles":"7"}
+  ROOT %while.2 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) while(%carry.3), condition=%condition, body=%body
+}
+
+ENTRY %main (p0: f32[8,16]) -> f32[8,16] {
+  %p0 = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %copy = f32[8,16]{1,0:T(8,128)} copy(%p0), backend_config={"estimated_cycles":"1000"}
+  %sum.1 = (f32[8,16]{1,0:T(8,128)}, f32[]{:T(128)}) all-reduce(%p0, %copy), channel_id=1, replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+  %while.1 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) while(%p0), condition=%condition, body=%body
+  %send = (f32[8,16]{1,0:T(8,128)}, u32[], token[]) send(%copy), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %while.3 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) while(%while.1), condition=%until, body=%again
+}
+"""  # noqa: E501
+
+
+def test_reading_a_compiled_program() -> None:
+    once, repeated = hlo.read(HLO, devices=4, slices=3)
+    assert once.cycles == 1000 + 5 * 150
+    assert repeated.cycles == 7 + 5 * 150
+    assert once.collectives == {
+        "across slices: all_reduce": 1, "all-gather": 5, "all-reduce": 1, "reduce-scatter": 5,
+    }  # fmt: skip
+    gather, scatter = 16 * 8 * 2 * 3 / 4, 8 * 16 * 4 * 3 / 4
+    assert repeated.ici_bytes == 5 * (gather + scatter)
+    assert once.ici_bytes == repeated.ici_bytes + 2 * (8 * 16 * 4 + 4) / 2  # pairs: each sends half, twice
+    assert once.dcn_bytes == 2 * 8 * 16 * 4 * 2 / 3
+    assert repeated.dcn_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x", [[0, 2], [1, 3]]),
+        ("replica_groups={}, x", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("replica_groups=[2,4]<=[8], x", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}, x", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ],
+)
+def test_groups_of_collectives(text: str, groups: list[list[int]]) -> None:
+    assert hlo.replica_groups(text, 8) == groups
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (640.06G) exceeds available HBM (15.75G). HLO module: jit_f.",
+            (TOO_LARGE, 640.06 * 2**30, "HLO temporaries"),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 2.50T of 15.75G hbm. Exceeded",
+            (TOO_LARGE, 2.5 * 2**40, "hbm"),
+        ),
+        ("RESOURCE_EXHAUSTED: something new", (TOO_LARGE, 0.0, "")),
+        ("INTERNAL: Mosaic failed\nmore", ("the compiler refused it: INTERNAL: Mosaic failed", 0.0, "")),
+    ],
+)
+def test_what_the_compiler_says(message: str, expected: tuple[str, float, str]) -> None:
+    assert diagnose(message) == expected
+
+
+GIB = topologies.GIB
+V5E = topologies.find("v5litepod-16")
+
+
+def outcome(program: str, gib: float, **fields: Any) -> Outcome:
+    return Outcome(program, memory={"arguments": gib * GIB}, **fields)
+
+
+def test_what_lies_beside_a_program_counts() -> None:
+    assert outcome("train", 15).status(V5E) == FITS
+    assert outcome("decode", 15, beside={"the policy": 1.0 * GIB}).status(V5E) == TOO_LARGE
+    assert Result(V5E, [outcome("train", 1), outcome("score", 20)]).status == TOO_LARGE
+    assert Result(V5E, [outcome("train", 1), Outcome("score", problem=CRASHED)]).status == CRASHED
+
+
+class FakeCompiler:
+    """Says that a config takes what a formula says, and remembers what it was asked."""
+
+    def __init__(self, formula: Any):
+        self.formula, self.asked = formula, []
+
+    def __call__(self, config: Any, names: Any, limit: float | None) -> list[Outcome]:
+        self.asked.append(list(names))
+        return [outcome(name, self.formula(config)) for name in names]
+
+
+def tried_flags(tried: list[advise.Tried]) -> list[str]:
+    return [f"{one.flags} {'yes' if one.status == FITS else 'no'}" for one in tried]
+
+
+def test_advice_for_training_goes_from_harmless_to_drastic() -> None:
+    config = config_of(preset="ultrachat_llama3.1_8b")  # remat full, batch 64
+    compiler = FakeCompiler(lambda c: 40.0 / (c.mesh.tensor if c.model.param_dtype == "bfloat16" else 1))
+    tried = advise.advise(
+        config, shapes.SHAPES["llama-3.1-8b"], V5E, [outcome("train", 40), outcome("score", 3)], compiler, seconds=60
+    )
+    assert tried_flags(tried) == [
+        "--config.train.accumulate=2 no",
+        "--config.train.accumulate=4 no",
+        "--config.mesh.tensor=2 no",
+        "--config.mesh.tensor=4 no",
+        "--config.mesh.tensor=8 no",
+        "--config.train.accumulate=4 --config.mesh.tensor=8 no",
+        "--config.model.param_dtype=bfloat16 no",
+        "--config.train.accumulate=4 --config.model.param_dtype=bfloat16 no",
+        "--config.lora.rank=16 no",
+        "--config.train.accumulate=4 --config.model.param_dtype=bfloat16 --config.lora.rank=16 no",
+        "--config.train.accumulate=4 --config.model.param_dtype=bfloat16 --config.lora.rank=16 "
+        "--config.mesh.tensor=8 yes",
+    ]
+    assert compiler.asked[0] == ["train"]
+    assert compiler.asked[-1] == ["train", "score"]  # what fitted may not any more
+    assert tried[0].meaning == advise.SAME
+    assert tried[-1].meaning == advise.OTHER
+
+
+def test_advice_ends_with_three_that_fit_or_with_the_time() -> None:
+    config = config_of(preset="ultrachat_llama3.1_8b")
+    shape, failing = shapes.SHAPES["llama-3.1-8b"], [outcome("decode", 40)]
+    tried = advise.advise(config, shape, V5E, failing, FakeCompiler(lambda c: 1.0), seconds=60)
+    assert tried_flags(tried) == [
+        "--config.sampling.slots=128 yes",
+        "--config.sampling.slots=64 yes",
+        "--config.sampling.sharded_weights=True yes",
+    ]
+    late = advise.advise(config, shape, V5E, failing, FakeCompiler(lambda c: 1.0), seconds=0)
+    assert [one.status for one in late] == [LATE]
+
+
+def test_advice_asks_for_no_mesh_that_cannot_be() -> None:
+    config = config_of("--config.model.remat=none")
+    one_chip = topologies.find("v5litepod-1")
+    tried = advise.advise(config, PLAIN, one_chip, [outcome("train", 40)], FakeCompiler(lambda c: 40.0), seconds=60)
+    assert tried_flags(tried)[:2] == ["--config.model.remat=dots no", "--config.model.remat=full no"]
+    assert not any("tensor" in one.flags for one in tried)
+
+
+def test_speed_from_cycles_and_bytes() -> None:
+    chip = V5E.chip
+    done = outcome(
+        "train", 1, flops=8e15, model_flops=6e15, tokens=1600,
+        once=hlo.Traffic(cycles=3 * chip.clock, ici_bytes=chip.ici_bandwidth),
+    )  # fmt: skip
+    took = speed.speed(done, V5E)
+    assert took is not None
+    assert (took.compute, took.ici, took.hidden, took.in_turn) == (3.0, 1.0, 3.0, 4.0)
+    np.testing.assert_allclose(took.mfu_hidden, 6e15 / (16 * 197e12 * 3))
+    assert speed.speed(Outcome("train", problem=TOO_LARGE), V5E) is None
+    unread = speed.speed(outcome("train", 1, flops=16 * 197e12, model_flops=8 * 197e12), V5E)
+    assert unread is not None
+    assert (unread.compute, unread.mfu_hidden, unread.estimated) == (1.0, 0.5, False)
+
+
+def test_a_round_is_as_many_runs_as_the_game_makes() -> None:
+    config = config_of("--config.samples_per_prompt=2", "--config.opponents_per_prompt=1", "--config.train.epochs=3")
+    second = hlo.Traffic(cycles=V5E.chip.clock)
+    rows = {"train": 25, "score": 10, "fill": 5, "decode": 20}
+    done = [outcome(name, 1, rows=n, once=second) for name, n in rows.items()]
+    runs = {
+        phase.program: phase.runs
+        for phase in speed.phases(config, done, V5E, count=100, mean_response=8, efficiency=0.5)
+    }
+    assert (runs["fill"], runs["decode"], runs["train"]) == (40, 80, 12)
+    # θ_t on y, y_t, y_{t-1}, y_{t-2} (7 columns with 2 samples each), two older players on y_t (2 columns).
+    whole, part = 16 + 7 * 32, 16 + 2 * 32
+    np.testing.assert_allclose(runs["score"], 10 * (1 + 2 * part / whole))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--topology=v5p-16"], "say which experiment"),
+        (["--config=CONFIG"], "say which slice"),
+        (["--config=CONFIG", "--topology=v5p-16", "--topolgy=x"], "unknown argument '--topolgy=x'"),
+        (["--config=CONFIG", "--topology=v5p-16", "--slices=two"], "invalid int value"),
+        (["--config=CONFIG", "--topology=v5p-16", "--efficiency=0"], "--efficiency=0.0 must be a number above 0"),
+        (["--config=CONFIG", "--topology=v5p-16", "--programs=eat"], "not one of train"),
+        (["--config=CONFIG", "--topology=v5p-16", "--config.train.batchsize=3"], "train.batch_size"),
+    ],
+)
+def test_wrong_flags(flags: list[str], said: str, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(topologies, "check_compiler", lambda: None)
+    config = f"{ROOT}/configs/tpaw.py"
+    assert command.main([flag.replace("CONFIG", config) for flag in flags]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_without_the_compiler_one_sentence_says_how_to_get_it(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert command.main([f"--config={ROOT}/configs/tpaw.py", "--topology=v5p-16"]) == 1
+    error = capsys.readouterr().err
+    assert 'pip install "selfplay_jax[tpu]"' in error
+    assert error.count("\n") == 1
+
+
+def preflight(*flags: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command line as a user would: no setting of this test process's reaches it."""
+    env = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    config = "--config=configs/tpaw.py"
+    small = ("--config.samples_per_prompt=1", "--config.opponents_per_prompt=1", "--config.train.batch_size=8")
+    return subprocess.run(
+        [sys.executable, "-m", "selfplay_jax.preflight", config, *small, *flags],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.tpu_compile
+def test_the_built_in_game_compiles_for_four_chips() -> None:
+    done = preflight("--topology=v5e:2x2", "--json", "--config.scoring.batch_size=8", "--config.sampling.slots=8")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"] == "the built-in base"
+    assert found["assumptions"]["prompts"] == 100
+    (result,) = found["slices"]
+    assert (result["chips"], result["hosts"], result["fits"]) == (4, 1, True)
+    assert result["mesh"] == {"replica": 1, "fsdp": 4, "tensor": 1}
+    assert [program["name"] for program in result["programs"]] == ["train", "score", "fill", "decode"]
+    for program in result["programs"]:
+        assert program["status"] == FITS
+        assert 0 < program["total_gib"] < 1
+        assert 0 < program["seconds"]["mfu_in_turn"] <= program["seconds"]["mfu_hidden"] < 1
+        assert program["seconds"]["estimated"]
+    train = result["programs"][0]
+    assert train["model_flops"] < train["hardware_flops"]
+    assert train["gib"]["optimizer"] > 1.9 * train["gib"]["parameters"]
+    assert train["collectives"][0]["reduce-scatter"] > 0
+    assert 0 < result["round"]["hours"] < 0.1
+    assert {phase["program"] for phase in result["round"]["phases"]} == {"train", "score", "fill", "decode"}
+
+
+@needs_compiler
+@pytest.mark.tpu_compile
+def test_what_does_not_fit_gets_advice_that_was_tried(tmp_path: pathlib.Path) -> None:
+    fields = {  # a table of embeddings of 20 GiB, and little else
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1 << 20, "hidden_size": 5120,
+        "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8,
+        "max_position_embeddings": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    done = preflight("--topology=v5litepod-4", f"--model={tmp_path}", "--programs=decode", "--config.sampling.slots=4")
+    assert done.returncode == command.DOES_NOT_FIT, done.stderr
+    assert "DOES NOT FIT" in done.stdout
+    assert "What would make it fit" in done.stdout
+    assert "--config.sampling.slots=2  (too large" in done.stdout
+    assert "--config.sampling.sharded_weights=True  (fits, 5." in done.stdout
+    assert "--config.mesh.tensor=4  (fits" in done.stdout
+
+
+@needs_compiler
+@pytest.mark.tpu_compile
+def test_two_slices_talk_through_the_data_centre() -> None:
+    config = config_of("--config.mesh.replica=2", "--config.train.batch_size=8", "--config.samples_per_prompt=1",
+                       "--config.opponents_per_prompt=1")  # fmt: skip
+    (train,) = compile_programs(config, PLAIN, topologies.find("2xv5e:2x2"), ["train"])
+    assert train.status(V5E) == FITS
+    assert train.mesh == {"replica": 2, "fsdp": 4, "tensor": 1}
+    assert train.once is not None
+    # Gradients cross once: each device's part is a quarter of the float32 parameters.
+    assert train.holds["parameters"] < train.once.dcn_bytes < 1.5 * train.holds["parameters"]
+    with pytest.raises(UserError, match=r"mesh\.replica=1 must be a multiple of the 2 slices"):
+        compile_programs(config_of(), PLAIN, topologies.find("2xv5e:2x2"), ["train"])
