@@ -134,7 +134,6 @@ def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) ->
     path = str(builtin.BASE) if config.model.path == "builtin" else config.model.path
     fields = {name: value for name, value in config.model.items() if name != "path"}
     model = Model(read_config(path), **fields, lora=lora.of_config(config.lora))
-    check_layout(model, mesh)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, model.config.vocab_size)
     template = Template.from_tokenizer(tokenizer, config.data.template, stop_ids=model.config.stop_ids)
@@ -146,6 +145,7 @@ def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) ->
         )
     evaluation.check(config.evaluation.run, config.evaluation.lm_eval_path)
     _tell(config, model, template, task)
+    _tell_layout(model, mesh)
     base: Params = {}
     if model.lora is not None:
         shardings = model.split(partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh))[1]
@@ -154,23 +154,14 @@ def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) ->
     return Game(config, workdir, model, path, base, template, task, mesh, checkpoints, ScoreTable(workdir), should_stop)
 
 
-_MAY_STAY_WHOLE = ("vocab", "kv_heads")
-
-
-def check_layout(model: Model, mesh: Mesh) -> None:
-    """Checks that the mesh divides the model; of its vocabulary and key/value heads it says that they stay whole.
-
-    Raises:
-      UserError: the mesh does not divide the hidden size, the heads or the MLP.
-    """
-    for name, (size, axis, pieces) in partitioning.undivided(
-        model.logical_axes(), model.abstract_params(), mesh
-    ).items():
-        said = f"mesh.{axis}={pieces} does not divide the model's {name.replace('_', ' ')} ({size})"
-        if name not in _MAY_STAY_WHOLE:
-            good = ", ".join(str(n) for n in range(1, mesh.size + 1) if size % n == 0)
-            raise UserError(f"config.{said}: take one of {good}.")
-        say(f"note: {said}; these parameters stay whole on every device of that axis")
+def _tell_layout(model: Model, mesh: Mesh) -> None:
+    uncut = partitioning.undivided(model.logical_axes(), model.abstract_params(), mesh)
+    for name, (size, axis, pieces) in uncut.items():
+        good = ", ".join(str(n) for n in range(2, mesh.size + 1) if size % n == 0 and mesh.size % n == 0)
+        say(
+            f"note: mesh.{axis}={pieces} does not divide the model's {name} ({size}): those parameters stay whole on "
+            f"every device of that axis; {good or 'no other size here'} would cut them"
+        )
 
 
 def _load_task(config: Any, workdir: epath.Path, template: Template) -> tasks.Task:

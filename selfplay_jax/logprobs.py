@@ -1,10 +1,12 @@
 """Log-probabilities of a group's responses under one parameter tree: the one function for training and scoring."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from selfplay_jax import partitioning
 from selfplay_jax.groups import Group, response_mask
@@ -57,6 +59,17 @@ def _by_token(model: Model, params: Params, group: Group, measure: Callable[...,
 
     _, values = jax.lax.scan(step, None, (split(hidden), split(group.responses)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, count, length), values)
+
+
+def by_rows(model: Model, mesh: Mesh, measure: Callable[[Model, Params, Group], Any]) -> Callable[..., Any]:
+    """`measure` jitted for parameters and rows that lie on `mesh`: (params, group) -> arrays [B, ...]."""
+    axes, abstract = model.logical_axes(), model.abstract_params()
+    specs, rows = partitioning.over_rows_specs(axes, abstract, mesh), partitioning.rows(mesh)
+    return jax.jit(
+        partitioning.over_rows(functools.partial(measure, model), mesh, (specs, rows.spec), rows.spec),
+        in_shardings=(partitioning.tree_shardings(axes, abstract, mesh), rows),
+        out_shardings=rows,
+    )
 
 
 def token_logps(model: Model, params: Params, group: Group) -> jax.Array:

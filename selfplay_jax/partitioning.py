@@ -7,13 +7,16 @@ names into shardings. A dimension that its mesh axes do not divide stays whole, 
 numbers; `undivided` lists such dimensions.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -36,6 +39,7 @@ RULES: Rules = {
     "act_kv_heads": "tensor",
     "act_mlp": "tensor",
     "act_vocab": "tensor",
+    "cache_columns": "tensor",  # where the key/value heads are too few for it: an axis cuts an array once
 }
 
 # Decoding reads every weight for every token: with these rules each device keeps whole columns of the weights instead
@@ -92,7 +96,7 @@ def data_shards(mesh: Mesh) -> int:
 
 def rows(mesh: Mesh) -> NamedSharding:
     """The sharding of an array whose leading dimension is a batch."""
-    return NamedSharding(mesh, PartitionSpec(_cut("batch", mesh, RULES)[0]))
+    return NamedSharding(mesh, row_spec(mesh))
 
 
 def _cut(name: str | None, mesh: Any, rules: Rules) -> tuple[tuple[str, ...], int]:
@@ -144,12 +148,123 @@ def tree_shardings(axes: Any, abstract: Any, mesh: Mesh, rules: Rules = RULES) -
     return jax.tree.map(lambda leaf, names: sharding(names, leaf.shape, mesh, rules), abstract, axes)
 
 
+# Rows in parallel: training and scoring are written for the rows of one device, the collectives over `replica` and
+# `fsdp` with them; `tensor` is left to the compiler. A gathered layer then is a reduce-scatter on the way back, and
+# stays one whatever the compiler thinks best.
+
+_DATA_RULES: Rules = {name: RULES[name] for name in ("embed", "batch")}
+UNSHARDED = "unsharded"  # the name of gathered weights for rematerialisation policies
+
+
+def over_rows_specs(axes: Any, abstract: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """How the leaves of a tree laid out by `rules` are cut over the data axes: PartitionSpecs for `over_rows`."""
+    rules = {name: over for name, over in _DATA_RULES.items() if name in rules}
+    return jax.tree.map(lambda leaf, names: spec(names, leaf.shape, mesh, rules), abstract, axes)
+
+
+def over_rows(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Runs `function` on every device's rows of the batch: inside, `unshard`, `lookup` and `sum_rows` communicate."""
+    names = set(_cut("batch", mesh, RULES)[0])
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+
+
+def row_spec(mesh: Mesh) -> PartitionSpec:
+    """The spec of `rows`."""
+    return PartitionSpec(_cut("batch", mesh, RULES)[0])
+
+
+def _manual() -> frozenset[str]:
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def sum_rows(tree: Any, specs: Any = None) -> Any:
+    """Sums over the devices' rows, inside `over_rows`; leaves that `specs` cut over an axis are summed over the other.
+
+    Outside it does nothing: all rows are here.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    manual = sorted(axis for axis in _manual() if sizes[axis] > 1)
+
+    def one(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        over = tuple(axis for axis in manual if axis not in spec)
+        return jax.lax.psum(leaf, over) if over else leaf
+
+    specs = jax.tree.map(lambda leaf: PartitionSpec(), tree) if specs is None else specs
+    return jax.tree.map(one, tree, specs)
+
+
+def unshard(leaf: jax.Array, axes: Axes, sizes: dict[str, int], dtype: Any) -> jax.Array:
+    """Inside `over_rows` gathers, in `dtype`, the dimensions of a parameter that are cut over the data axes.
+
+    `sizes` are their whole sizes by logical name. The gradient is summed in float32 and scattered back.
+    """
+    for dimension, name in enumerate(axes):
+        if name in _DATA_RULES and _DATA_RULES[name] in _manual() and leaf.shape[dimension] != sizes[name]:
+            others = _compilers_spec(axes, leaf.shape)
+            leaf = checkpoint_name(_gather(leaf, _DATA_RULES[name], dimension, dtype, others), UNSHARDED)
+    return leaf
+
+
+def _compilers_spec(axes: Axes, shape: Sequence[int]) -> PartitionSpec:
+    """How an array in `over_rows` is cut over the axes that are left to the compiler."""
+    mesh, manual = jax.sharding.get_abstract_mesh(), _manual()
+    rules = {name: over for name, over in RULES.items() if not manual & set(_cut(name, mesh, RULES)[0])}
+    return spec(axes, shape, mesh, rules)
+
+
+def _local(function: Callable[[jax.Array], jax.Array], leaf: jax.Array, others: PartitionSpec) -> jax.Array:
+    """A collective on each device's own part: left to the compiler, it would gather the `tensor` axis for it first."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = {axis for axis in others if axis is not None and mesh.shape[axis] > 1}
+    if not names:
+        return function(leaf)
+    return jax.shard_map(function, in_specs=others, out_specs=others, axis_names=names, check_vma=False)(leaf)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(leaf: jax.Array, axis: Any, dimension: int, dtype: Any, others: PartitionSpec) -> jax.Array:
+    return _local(lambda part: jax.lax.all_gather(part.astype(dtype), axis, axis=dimension, tiled=True), leaf, others)
+
+
+def _gather_forward(
+    leaf: jax.Array, axis: Any, dimension: int, dtype: Any, others: PartitionSpec
+) -> tuple[jax.Array, jax.Array]:
+    return _gather(leaf, axis, dimension, dtype, others), jnp.zeros(0, leaf.dtype)
+
+
+def _scatter(
+    axis: Any, dimension: int, dtype: Any, others: PartitionSpec, like: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array]:
+    def summed(part: jax.Array) -> jax.Array:
+        part = part.astype(jnp.float32)
+        return jax.lax.psum_scatter(part, axis, scatter_dimension=dimension, tiled=True).astype(like.dtype)
+
+    return (_local(summed, gradient, others),)
+
+
+_gather.defvjp(_gather_forward, _scatter)
+
+
+def lookup(table: jax.Array, tokens: jax.Array, width: int, dtype: Any) -> jax.Array:
+    """Rows of a table [V, D] by token ids [B, ...] -> [B, ..., D] in `dtype`.
+
+    Where the table's columns are cut over devices, inside `over_rows`, each looks up its columns for all rows and they
+    exchange the results: the table is never gathered.
+    """
+    if table.shape[1] == width:
+        return jnp.take(table, tokens, axis=0).astype(dtype)
+    axis = _DATA_RULES["embed"]
+    everyone = jax.lax.all_gather(tokens, axis, axis=0, tiled=True)
+    columns = jnp.take(table, everyone, axis=0).astype(dtype)
+    return jax.lax.all_to_all(columns, axis, split_axis=0, concat_axis=columns.ndim - 1, tiled=True)
+
+
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation's layout inside a jitted function; does nothing where no mesh is in scope (`use_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return array
-    return jax.lax.with_sharding_constraint(array, spec(axes, array.shape, mesh))
+    return jax.lax.with_sharding_constraint(array, _compilers_spec(axes, array.shape))
 
 
 @contextmanager

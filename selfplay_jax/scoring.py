@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from selfplay_jax import partitioning
 from selfplay_jax.groups import Tokens, pack
-from selfplay_jax.logprobs import response_logps
+from selfplay_jax.logprobs import by_rows, response_logps
 from selfplay_jax.models.decoder import Model, Params
 from selfplay_jax.rounds import RoundFiles, chunks, read_array, source_name, write_array, write_bytes
 
@@ -27,9 +27,7 @@ _MOST_COLUMNS = 8
 
 @functools.lru_cache(maxsize=8)
 def _score_program(model: Model, mesh: Mesh) -> Callable[..., jax.Array]:
-    rows = partitioning.rows(mesh)
-    params = partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh)
-    return jax.jit(functools.partial(response_logps, model), in_shardings=(params, rows), out_shardings=rows)
+    return by_rows(model, mesh, response_logps)
 
 
 def score(

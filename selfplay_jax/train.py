@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from selfplay_jax import metrics as metrics_files
 from selfplay_jax import partitioning
@@ -111,7 +111,7 @@ def batch_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The part of a batch's loss that these rows carry: their losses' sum over the whole batch's `count` prompts.
 
-    Microbatches' parts add up to the batch's loss, metrics too.
+    The parts of microbatches and of devices add up to the batch's loss, metrics too.
     """
     policy = response_logps(model, model.join(trained, frozen), batch.group)
     players = jnp.moveaxis(batch.players, 1, 0)
@@ -125,44 +125,46 @@ def batch_loss(
 
 
 def _microbatches(batch: Batch, accumulate: int) -> Batch:
-    """[B, ...] -> [M, B / M, ...], row b into microbatch b mod M: rows stay on the devices they are on."""
+    """[B, ...] -> [M, B / M, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), batch)
 
-    def split(leaf: jax.Array) -> jax.Array:
-        return jnp.swapaxes(leaf.reshape(leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:]), 0, 1)
 
-    return jax.tree.map(split, batch)
+def _gradients(
+    model: Model, objective: Objective, accumulate: int, specs: Params, trained: Params, frozen: Params, batch: Batch
+) -> tuple[Params, dict[str, jax.Array]]:
+    """Gradients of a batch's loss, cut as `specs` say, and its metrics; runs on every device's rows (`over_rows`)."""
+    # With opponents' responses cut and dropped a prompt may have nothing to compare; the mean is over the others.
+    usable = batch.real & jnp.any(objective.comparisons(batch.present), axis=-1)
+    tokens = jnp.sum(jnp.where(batch.real, batch.group.response_lengths[:, 0], 0))
+    tokens, real, count = partitioning.sum_rows((tokens, jnp.sum(batch.real), jnp.sum(usable)))
+    mean_tokens, count = tokens / jnp.maximum(real, 1), jnp.maximum(count, 1).astype(jnp.float32)
+    gradient = jax.value_and_grad(functools.partial(batch_loss, model, objective), has_aux=True)
+    if accumulate == 1:
+        (loss, metrics), grads = gradient(trained, frozen, batch, mean_tokens, count)
+    else:
+        parts = _microbatches(batch, accumulate)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(gradient, trained, frozen, jax.tree.map(lambda x: x[0], parts), mean_tokens, count),
+        )
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(trained, frozen, part, mean_tokens, count)), None
+
+        ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, parts)
+    return partitioning.sum_rows(grads, specs), partitioning.sum_rows({**metrics, "loss": loss})
 
 
 def _step(
-    model: Model,
-    objective: Objective,
+    gradients: Callable[[Params, Params, Batch], tuple[Params, dict[str, jax.Array]]],
     optimizer: optax.GradientTransformation,
-    accumulate: int,
     state: TrainState,
     frozen: Params,
     batch: Batch,
     learning_rate: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    tokens = jnp.sum(jnp.where(batch.real, batch.group.response_lengths[:, 0], 0))
-    mean_tokens = tokens / jnp.maximum(jnp.sum(batch.real), 1)
-    # With opponents' responses cut and dropped a prompt may have nothing to compare; the mean is over the others.
-    usable = batch.real & jnp.any(objective.comparisons(batch.present), axis=-1)
-    count = jnp.maximum(jnp.sum(usable), 1).astype(jnp.float32)
-    gradient = jax.value_and_grad(functools.partial(batch_loss, model, objective), has_aux=True)
-    if accumulate == 1:
-        (loss, metrics), grads = gradient(state.params, frozen, batch, mean_tokens, count)
-    else:
-        parts = _microbatches(batch, accumulate)
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradient, state.params, frozen, jax.tree.map(lambda x: x[0], parts), mean_tokens, count),
-        )
-
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(state.params, frozen, part, mean_tokens, count)), None
-
-        ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, parts)
-
+    grads, metrics = gradients(state.params, frozen, batch)
+    loss = metrics["loss"]
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: (learning_rate * u).astype(u.dtype), updates)
     moved = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
@@ -172,7 +174,6 @@ def _step(
     # A bad step changes nothing, so that the state to be saved is the last good one.
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
     norms = {
-        "loss": loss,
         "grad_norm": grad_norm,
         "update_norm": update_norm,
         "finite": finite,
@@ -209,7 +210,14 @@ def programs(model: Model, objective: Objective, settings: Settings, mesh: Mesh)
     shardings = _state_shardings(abstract, param_shardings, optimizer, mesh)
     rows = partitioning.rows(mesh)
     whole = partitioning.replicated(mesh)
-    step = functools.partial(_step, model, objective, optimizer, settings.accumulate)
+    specs = model.split(partitioning.over_rows_specs(model.logical_axes(), every, mesh))
+    gradients = partitioning.over_rows(
+        functools.partial(_gradients, model, objective, settings.accumulate, specs[0]),
+        mesh,
+        in_specs=(*specs, rows.spec),
+        out_specs=(specs[0], PartitionSpec()),
+    )
+    step = functools.partial(_step, gradients, optimizer)
     return Programs(
         init=jax.jit(init, in_shardings=(param_shardings,), out_shardings=shardings, donate_argnums=0),
         step=jax.jit(

@@ -370,16 +370,17 @@ def test_memory_does_not_grow_with_vocabulary_times_length():
 # --- eight simulated devices
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4), (2, 2, 2)], ids=str)
 def test_meshes_equal_one_device(shape):
+    """The compiler's own way of cutting it, without `over_rows`."""
     model, params, prompts, responses = case("plain")
     group, mesh = pack(prompts, responses), mesh_of(*shape)
-    places = param_shardings(model, mesh), partitioning.batch_shardings(group, mesh)
+    places = param_shardings(model, mesh), partitioning.rows(mesh)
     scalar = partitioning.replicated(mesh)
     step = value_and_grad(model, in_shardings=places, out_shardings=((scalar, scalar), places[0]))
     placed = jax.device_put((params, group), places)
     cut = placed[0]["layers"]["gate"]["kernel"].sharding.shard_shape((2, 16, 32))
-    assert cut == (2, 16 // shape[0], 32 // shape[1])  # the test cuts something
+    assert cut == (2, 16 // shape[-2], 32 // shape[-1])  # the test cuts something
     with partitioning.use_mesh(mesh):
         (_, logps), grads = step(*placed)
     one_logps, one_grads = one_device_grads("plain")

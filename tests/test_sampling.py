@@ -357,11 +357,15 @@ def test_no_prompts():
 # --- eight simulated devices
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (2, 4)], ids=str)
-def test_meshes_equal_one_device(base, shape):
+@pytest.mark.parametrize(
+    ("shape", "rules"),
+    [*(((shape), "DECODE_RULES") for shape in [(8, 1), (4, 2), (2, 4), (2, 2, 2)]), ((2, 2, 2), "RULES")],
+    ids=str,
+)
+def test_meshes_equal_one_device(base, shape, rules):
+    """Two key/value heads on four tensor devices: there the cache is cut over its columns."""
     mesh = mesh_of(*shape)
-    params = jax.device_put(weights(MODEL), param_shardings(MODEL, mesh, partitioning.DECODE_RULES))
-    settings = {"stop_ids": STOPS, "slots": 8, "max_prompt_tokens": 16, "mesh": mesh}
+    params = jax.device_put(weights(MODEL), param_shardings(MODEL, mesh, getattr(partitioning, rules)))
     # Prompts of one bucket, and equal shapes greedy or not: fewer programs to compile.
     ids = [i for i, prompt in enumerate(PROMPTS) if len(prompt) > 8]
     prompts = [PROMPTS[i] for i in ids]

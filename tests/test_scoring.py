@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny_models import PLAIN, loud_params, random_rows, reference_token_logps
+from tiny_models import PLAIN, loud_params, mesh_of, random_rows, reference_token_logps
 from toy_training import MODEL, SETTINGS, TPAW, built, fresh_params, one_device, spin, table
 
-from selfplay_jax import partitioning, scoring
+from selfplay_jax import scoring
 from selfplay_jax.errors import Stopped
 from selfplay_jax.groups import TARGET
 from selfplay_jax.methods import METHODS, plan
@@ -51,8 +51,9 @@ def test_score_is_the_log_probability_row_by_row(rows):
     np.testing.assert_array_equal(shuffled, found[order])
 
 
-def test_score_on_a_mesh_rounds_the_batch_up_to_the_devices(rows):
-    mesh = partitioning.make_mesh(4, 2)
+@pytest.mark.parametrize("shape", [(4, 2), (2, 2, 2)], ids=str)
+def test_score_on_a_mesh_rounds_the_batch_up_to_the_devices(rows, shape):
+    mesh = mesh_of(*shape)
     found = score(MODEL, fresh_params(mesh), *rows, mesh=mesh, batch_size=3)
     np.testing.assert_allclose(found, reference(*rows), rtol=1e-5, atol=1e-4)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 from jax.sharding import PartitionSpec
+from tiny_models import mesh_of
 from toy_training import MODEL, SETTINGS, assert_close, built, fresh_params, one_device, run_steps, spin, table
 
 from selfplay_jax import metrics, partitioning
@@ -14,7 +15,7 @@ from selfplay_jax.checkpoints import Checkpoints
 from selfplay_jax.errors import Stopped, UserError
 from selfplay_jax.train import STRIDE, summarise, train
 
-MESHES = [(8, 1), (4, 2), (2, 4)]
+MESHES = [(8, 1), (4, 2), (2, 4), (2, 2, 2)]
 DATA = table(24, opponents=2, players=1)
 # Six batches: three an epoch, the last of each with filler rows.
 RUN = dataclasses.replace(SETTINGS, batch_size=8, epochs=2, warmup=0.2)
@@ -26,9 +27,9 @@ def one_device_steps():
     return jax.device_get(state), seen
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_meshes_agree_with_one_device(shape, one_device_steps):
-    mesh = partitioning.make_mesh(*shape)
+    mesh = mesh_of(*shape)
     parts = built(spin(), mesh=mesh)
     state, seen = run_steps(parts, DATA, [1e-2, 1e-2], size=8, rows=7, params=fresh_params(mesh))
     wanted, metrics_wanted = one_device_steps
@@ -42,7 +43,7 @@ def test_meshes_agree_with_one_device(shape, one_device_steps):
     for tree in (state.params, adam.mu, adam.nu):
         kernel = tree["layers"]["gate"]["kernel"]
         assert kernel.sharding.spec == gate
-        assert kernel.addressable_shards[0].data.shape == (2, 16 // shape[0], 32 // shape[1])
+        assert kernel.addressable_shards[0].data.shape == (2, 16 // shape[-2], 32 // shape[-1])
     assert adam.count.sharding.is_fully_replicated and state.step.sharding.is_fully_replicated
 
 

@@ -113,11 +113,12 @@ def random_rows(rng: np.random.Generator, lengths: list[int], vocab: int = VOCAB
 
 
 @functools.cache
-def mesh_of(fsdp: int, tensor: int) -> Mesh:
-    """A mesh over the eight simulated devices."""
-    return partitioning.make_mesh(fsdp, tensor)
+def mesh_of(*sizes: int) -> Mesh:
+    """A mesh over the eight simulated devices: (fsdp, tensor) or (replica, fsdp, tensor)."""
+    *replica, fsdp, tensor = sizes
+    return partitioning.make_mesh(fsdp, tensor, replica=replica[0] if replica else 1)
 
 
-def param_shardings(model: Model, mesh: Mesh, rules: dict[str, str] = partitioning.RULES) -> Any:
+def param_shardings(model: Model, mesh: Mesh, rules: partitioning.Rules = partitioning.RULES) -> Any:
     """Where the parameters live on a mesh."""
     return partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh, rules)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from selfplay_jax import partitioning
 from selfplay_jax.groups import pack
-from selfplay_jax.logprobs import greedy_logps
+from selfplay_jax.logprobs import by_rows, greedy_logps
 from selfplay_jax.models.decoder import Model, Params
 
 # Continuations that stand beside each other in a group, at most: by number, and by tokens (padding included).
@@ -47,9 +47,7 @@ class _Row(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _program(model: Model, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    rows = partitioning.rows(mesh)
-    params = partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh)
-    return jax.jit(functools.partial(greedy_logps, model), in_shardings=(params, rows), out_shardings=rows)
+    return by_rows(model, mesh, greedy_logps)
 
 
 def likelihoods(

@@ -25,7 +25,16 @@ _NORMAL = jax.nn.initializers.normal(0.02)
 _ZEROS = jax.nn.initializers.zeros
 _ONES = jax.nn.initializers.ones
 
-REMAT_POLICIES = ("none", "dots", "full")
+# What of a layer is kept for the backward pass; never the gathered weights, which would be the whole model.
+_SAVED = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(partitioning.UNSHARDED),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+REMAT_POLICIES = tuple(_SAVED)
+
+
+CACHE_AXES = ("layers", "batch", "act_kv_heads", "cache_columns", None)
 
 
 class KVCache(NamedTuple):
@@ -180,14 +189,18 @@ class Decoder(nnx.Module):
 
     def lookup(self, tokens: jax.Array) -> jax.Array:
         """Token ids [B, ...] -> embeddings [B, ..., D] in the compute dtype."""
-        x = jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.dtype)
+        x = partitioning.lookup(self.embed.embedding[...], tokens, self.config.hidden_size, self.dtype)
         return partitioning.constrain(x, "batch", *([None] * tokens.ndim))
 
     def output_matrix(self) -> jax.Array:
         """The output projection [D, V] in the compute dtype: the head, or the embedding transposed where tied."""
         if self.config.tie_embeddings:
-            return self.embed.embedding[...].astype(self.dtype).T
-        return self.head.kernel[...].astype(self.dtype)
+            return self._whole(self.embed.embedding).astype(self.dtype).T
+        return self._whole(self.head.kernel).astype(self.dtype)
+
+    def _whole(self, param: nnx.Variable, *, stacked: bool = False) -> jax.Array:
+        names = param.get_metadata("logical_axes")[stacked:]
+        return partitioning.unshard(param[...], names, {"embed": self.config.hidden_size}, self.dtype)
 
     def scan(self, body: Callable[[Block, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None) -> tuple[Any, Any]:
         """Runs `body(block, carry, (x, window)) -> (carry, y)` over the layers, rematerialised as `remat` says.
@@ -198,13 +211,11 @@ class Decoder(nnx.Module):
 
         def step(carry: Any, inputs: tuple[Any, Any, Any]) -> tuple[Any, Any]:
             weights, x, window = inputs
-            return body(nnx.merge(graph, weights), carry, (x, window))
+            # Here, not where they are used: both streams share a layer's gathered weights, and their gradients' sum.
+            whole = jax.tree.map(lambda p: p.replace(self._whole(p, stacked=True)), weights, is_leaf=_is_param)
+            return body(nnx.merge(graph, whole), carry, (x, window))
 
-        if self.remat == "full":
-            step = jax.checkpoint(step, prevent_cse=False)
-        elif self.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+        step = jax.checkpoint(step, prevent_cse=False, policy=_SAVED[self.remat])
         return jax.lax.scan(step, carry, (stacked, xs, self._windows()))
 
     def _windows(self) -> jax.Array | None:
@@ -216,32 +227,46 @@ class Decoder(nnx.Module):
         return jnp.where(limited, jnp.int32(self.config.sliding_window), jnp.int32(unlimited))
 
 
+def _is_param(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
 def _near(mask: jax.Array, distance: jax.Array, window: jax.Array | None) -> jax.Array:
     """Narrows `mask` to keys less than `window` positions behind the query."""
     return mask if window is None else mask & (distance < window)
 
 
 def causal_rows(
-    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, *, keep_cache: bool
-) -> tuple[jax.Array, KVCache | None]:
+    decoder: Decoder,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    kept: Any = None,
+    keep: Callable[[Any, jax.Array, jax.Array, jax.Array], Any] | None = None,
+) -> tuple[jax.Array, Any]:
     """Rows of tokens [B, T] (int32, right-padded to `lengths` [B]) -> final hidden states [B, T, D].
 
-    With `keep_cache` also the keys and values of all T columns, for decoding to go on from.
+    For decoding to go on from there, `keep(kept, layer, key, value) -> kept` sees each layer's keys and values
+    [B, KV, T, Hd] in turn; what it made of `kept` comes back beside the hidden states.
     """
     column = jnp.arange(tokens.shape[1])
     distance = column[:, None] - column[None, :]
     mask = (distance >= 0)[None] & (column[None, None, :] < lengths[:, None, None])
     positions = jnp.broadcast_to(column[None], tokens.shape)
 
-    def layer(block: Block, x: jax.Array, inputs: Any) -> tuple[jax.Array, KVCache | None]:
+    def layer(block: Block, carry: tuple[jax.Array, Any], inputs: Any) -> tuple[Any, None]:
+        x, kept = carry
+        index, window = inputs
         query, key, value = block.project(x, positions)
-        visible = _near(mask, distance[None], inputs[1])
+        visible = _near(mask, distance[None], window)
         x = block.finish(x, attention.attend_rows(query, key, value, visible))
-        kept = KVCache(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)) if keep_cache else None
-        return x, kept
+        if keep is not None:
+            kept = keep(kept, index, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+        return (x, kept), None
 
-    x, cache = decoder.scan(layer, decoder.lookup(tokens))
-    return decoder.final_norm(x), cache
+    carry = (decoder.lookup(tokens), kept)
+    (x, kept), _ = decoder.scan(layer, carry, jnp.arange(decoder.config.num_layers))
+    return decoder.final_norm(x), kept
 
 
 def group_hidden(decoder: Decoder, prompt: jax.Array, prompt_lengths: jax.Array, responses: jax.Array) -> jax.Array:
@@ -392,5 +417,5 @@ class Model:
     def logits(self, params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         """Plain causal logits [B, T, V], float32, of right-padded rows; for tests and evaluation of short inputs."""
         decoder = self.bind(params)
-        hidden, _ = causal_rows(decoder, tokens, lengths, keep_cache=False)
+        hidden, _ = causal_rows(decoder, tokens, lengths)
         return jnp.matmul(hidden, decoder.output_matrix(), preferred_element_type=jnp.float32)

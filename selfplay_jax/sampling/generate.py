@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
 from selfplay_jax import partitioning
 from selfplay_jax.groups import bucket, pad_rows
-from selfplay_jax.models.decoder import Model, Params
+from selfplay_jax.models.decoder import CACHE_AXES, Model, Params
 from selfplay_jax.sampling import slots as device
 from selfplay_jax.sampling.filters import SamplingFilter
 
@@ -41,18 +42,36 @@ class _Programs(NamedTuple):
     keys: Callable[..., jax.Array]
 
 
-def _slot_shardings(state: Any, mesh: Mesh) -> Any:
-    """Slots over "batch", the cache's heads over "tensor", scalars whole."""
-    cache_axes = ("layers", "batch", "act_kv_heads", None, None)
+def _slot_axes(state: device.Slots) -> device.Slots:
+    """The logical axes of the slots' state."""
+    rows = jax.tree.map(lambda leaf: ("batch",)[: leaf.ndim] + (None,) * (leaf.ndim - 1), state)
+    return rows._replace(cache=jax.tree.map(lambda leaf: CACHE_AXES, state.cache))
 
-    def rows(leaf: Any) -> Any:
-        return partitioning.sharding(("batch", *[None] * (leaf.ndim - 1)), leaf.shape, mesh)
 
-    cache = jax.tree.map(lambda leaf: partitioning.sharding(cache_axes, leaf.shape, mesh), state.cache)
-    whole = partitioning.replicated(mesh)
-    return jax.tree.map(lambda leaf: rows(leaf) if leaf.ndim else whole, state._replace(cache=None))._replace(
-        cache=cache
-    )
+def _slot_shardings(state: device.Slots, mesh: Mesh) -> Any:
+    """Where the slots' state lies; on TPUs with the cache in the order that the decode loop computes in.
+
+    With the cache in its default order the loop copies all of it, on its way in and out.
+    """
+    shardings = partitioning.tree_shardings(_slot_axes(state), state, mesh)
+    if mesh.devices.flat[0].platform != "tpu":
+        return shardings
+    order = Layout(major_to_minor=(0, 3, 2, 1, 4))
+    return shardings._replace(cache=jax.tree.map(lambda leaf: Format(order, leaf), shardings.cache))
+
+
+def _fill(model: Model, state: device.Slots, mesh: Mesh, rules: partitioning.Rules) -> Callable[..., device.Slots]:
+    """`slots.fill` where each device prefills the prompts of its own slots: no keys and values travel."""
+    specs = partitioning.over_rows_specs(_slot_axes(state), state, mesh)
+    params = partitioning.over_rows_specs(model.logical_axes(), model.abstract_params(), mesh, rules)
+    fill = functools.partial(device.fill, model)
+    return partitioning.over_rows(fill, mesh, (params, specs, partitioning.rows(mesh).spec), specs)
+
+
+def _rules(params: Params) -> str:
+    """The name of the rules that parameters on a mesh lie by: RULES where they are cut over fsdp."""
+    cut = any("fsdp" in jax.tree.leaves(tuple(leaf.sharding.spec)) for leaf in jax.tree.leaves(params))
+    return "RULES" if cut else "DECODE_RULES"
 
 
 @functools.lru_cache(maxsize=32)
@@ -64,12 +83,16 @@ def _programs(
     columns: int,
     max_new_tokens: int,
     mesh: Mesh | None,
+    rules: str = "DECODE_RULES",
 ) -> _Programs:
     """The jitted pieces for one set of shapes; prompts of another bucket compile only `fill` anew."""
     empty = functools.partial(device.empty, model, slots, columns, max_new_tokens)
+    fill: Callable[..., device.Slots] = functools.partial(device.fill, model)
     shardings: Any = None
     if mesh is not None:
-        shardings = _slot_shardings(jax.eval_shape(empty), mesh)
+        state = jax.eval_shape(empty)
+        shardings = _slot_shardings(state, mesh)
+        fill = _fill(model, state, mesh, getattr(partitioning, rules))
 
     def keys(seed: np.ndarray, round_index: np.ndarray, ids: np.ndarray, copies: np.ndarray) -> jax.Array:
         base = jax.random.fold_in(jax.random.key(seed), round_index)
@@ -77,10 +100,11 @@ def _programs(
 
     return _Programs(
         empty=jax.jit(empty, out_shardings=shardings),
-        fill=jax.jit(functools.partial(device.fill, model), donate_argnums=1, out_shardings=shardings),
+        fill=jax.jit(fill, donate_argnums=1, in_shardings=(None, shardings, None), out_shardings=shardings),
         decode=jax.jit(
             functools.partial(device.decode, model, choose, stop_ids),
             donate_argnums=1,
+            in_shardings=(None, shardings, None, None),
             out_shardings=shardings,
         ),
         keys=jax.jit(keys),
@@ -105,6 +129,17 @@ def _stops_at(
             shorter = (n for n in range(looked[slot] + 1, len(tokens)) if stop_when(tokens[:n]))
             lengths[slot] = next(shorter, len(tokens))
     return lengths
+
+
+def _places(free: np.ndarray, slots: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the `free` slots are filled next, and by which rows of the prefill.
+
+    Each device has `slots` slots and prefills `width` rows for them, its own alone.
+    """
+    shard = free // slots
+    rank = np.arange(len(free)) - np.searchsorted(shard, shard)  # the how-manieth free slot of its device
+    chosen = rank < width
+    return free[chosen], shard[chosen] * width + rank[chosen]
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -171,7 +206,9 @@ def generate(
     slots = _round_up(min(slots, total), shards)
     width = _round_up(max(1, slots // 4), shards)  # prompts that enter together
     columns = bucket(max_prompt_tokens or longest) + max_new_tokens
-    programs = _programs(model, choose, stops, slots, columns, max_new_tokens, mesh)
+    columns = _round_up(columns, 1 if mesh is None else mesh.shape.get("tensor", 1))  # see "cache_columns"
+    rules = "DECODE_RULES" if mesh is None else _rules(params)
+    programs = _programs(model, choose, stops, slots, columns, max_new_tokens, mesh, rules)
 
     # Neighbours in length enter together, so that a refill is padded little.
     prompt_of = np.repeat(np.arange(len(prompts)), samples_per_prompt)
@@ -190,17 +227,20 @@ def generate(
             if len(free) < min(width, len(queue)):
                 free = free[:0]  # after a look of `stop_when`: too few for a prefill, they wait for company
             while queue and len(free):
-                entering, queue = queue[: min(width, len(free))], queue[min(width, len(free)) :]
-                into, free = free[: len(entering)], free[len(entering) :]
+                into, places = _places(free, slots // shards, width // shards)
+                into, places = into[: len(queue)], places[: len(queue)]
+                entering, queue = queue[: len(into)], queue[len(into) :]
+                free = np.setdiff1d(free, into)
                 owner[into] = entering
                 looked[into] = 0
                 source = np.full(slots, -1, np.int32)
-                source[into] = np.arange(len(entering))
-                rows: list[Sequence[int]] = [prompts[prompt_of[i]] for i in entering]
-                rows += [[0]] * (width - len(rows))
+                source[into] = places % (width // shards)  # counted on the slot's own device
+                rows: list[Sequence[int]] = [[0]] * width
+                for place, i in zip(places, entering, strict=True):
+                    rows[place] = prompts[prompt_of[i]]
                 padded, lengths = pad_rows(rows, bucket(max(len(row) for row in rows)))
                 spread = np.zeros((2, width), np.uint32)
-                spread[:, : len(entering)] = ids[prompt_of[entering]], copy_of[entering]
+                spread[:, places] = ids[prompt_of[entering]], copy_of[entering]
                 keys = programs.keys(np.uint32(seed), np.uint32(round_index), *spread)
                 state = programs.fill(params, state, device.Refill(jnp.asarray(source), padded, lengths, keys))
             enough = np.int32(width if queue else slots)

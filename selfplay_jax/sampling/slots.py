@@ -73,9 +73,6 @@ def fill(model: Model, params: Params, state: Slots, refill: Refill) -> Slots:
 
     All but a prompt's last token go into the cache; the last is the slot's first input, as in `group_hidden`.
     """
-    decoder = model.bind(params)
-    _, fresh = causal_rows(decoder, refill.prompts, refill.lengths - 1, keep_cache=True)
-    assert fresh is not None
     taken = refill.source >= 0
     source = jnp.maximum(refill.source, 0)
     context = (refill.lengths - 1)[source]
@@ -85,15 +82,22 @@ def fill(model: Model, params: Params, state: Slots, refill: Refill) -> Slots:
     index = context[:, None] - 1 - age[None, :]
     index = jnp.clip(index, 0, refill.prompts.shape[1] - 1)
 
-    def place(old: jax.Array, new: jax.Array) -> jax.Array:
-        rows = jnp.take_along_axis(new[:, source], index[None, :, None, :, None].astype(jnp.int32), axis=3)
+    def place(cache: jax.Array, layer: jax.Array, fresh: jax.Array) -> jax.Array:
+        rows = jnp.take_along_axis(fresh[source], index[:, None, :, None].astype(jnp.int32), axis=2)
+        old = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
         # Columns older than the context hold a neighbour's copy; `decode_step` never lets a slot look that far back.
-        return jnp.where(taken[None, :, None, None, None], rows.astype(old.dtype), old)
+        new = jnp.where(taken[:, None, None, None], rows.astype(cache.dtype), old)
+        return jax.lax.dynamic_update_index_in_dim(cache, new, layer, axis=0)
 
+    def keep(cache: KVCache, layer: jax.Array, key: jax.Array, value: jax.Array) -> KVCache:
+        return KVCache(place(cache.key, layer, key), place(cache.value, layer, value))
+
+    # A layer at a time: the keys and values of all layers, laid out like the cache, would double it.
+    _, cache = causal_rows(model.bind(params), refill.prompts, refill.lengths - 1, kept=state.cache, keep=keep)
     last = jnp.take_along_axis(refill.prompts, (refill.lengths - 1)[:, None], axis=1)[:, 0]
     none = jnp.zeros_like(state.produced)
     return Slots(
-        cache=jax.tree.map(place, state.cache, fresh),
+        cache=cache,
         column=state.column,
         token=jnp.where(taken, last[source], state.token),
         position=jnp.where(taken, context, state.position),
