@@ -511,7 +511,7 @@ def test_what_does_not_fit_gets_advice_that_was_tried(tmp_path: pathlib.Path) ->
     assert done.returncode == command.DOES_NOT_FIT, done.stderr
     assert "DOES NOT FIT" in done.stdout
     assert "What would make it fit" in done.stdout
-    assert "--config.sampling.slots=2  (too large" in done.stdout
+    assert "--config.sampling.slots=1  (too large" in done.stdout
     assert "--config.sampling.sharded_weights=True  (fits, 5." in done.stdout
     assert "--config.mesh.tensor=4  (fits" in done.stdout
 
@@ -521,11 +521,12 @@ def test_what_does_not_fit_gets_advice_that_was_tried(tmp_path: pathlib.Path) ->
 def test_two_slices_talk_through_the_data_centre() -> None:
     config = config_of("--config.mesh.replica=2", "--config.train.batch_size=8", "--config.samples_per_prompt=1",
                        "--config.opponents_per_prompt=1")  # fmt: skip
-    (train,) = compile_programs(config, PLAIN, topologies.find("2xv5e:2x2"), ["train"])
+    shape = dataclasses.replace(PLAIN, hidden_size=512, intermediate_size=1024, vocab_size=2048, head_dim=128)
+    (train,) = compile_programs(config, shape, topologies.find("2xv5e:2x2"), ["train"])
     assert train.status(V5E) == FITS
     assert train.mesh == {"replica": 2, "fsdp": 4, "tensor": 1}
     assert train.once is not None
     # Gradients cross once: each device's part is a quarter of the float32 parameters.
-    assert train.holds["parameters"] < train.once.dcn_bytes < 1.5 * train.holds["parameters"]
+    assert train.holds["parameters"] < train.once.dcn_bytes < 1.1 * train.holds["parameters"]
     with pytest.raises(UserError, match=r"mesh\.replica=1 must be a multiple of the 2 slices"):
         compile_programs(config_of(), PLAIN, topologies.find("2xv5e:2x2"), ["train"])

@@ -36,6 +36,7 @@ class Outcome:
     rows: int = 0
     tokens: int = 0
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    uncut: list[str] = dataclasses.field(default_factory=list)
     holds: dict[str, float] = dataclasses.field(default_factory=dict)
     beside: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0

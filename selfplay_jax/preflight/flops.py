@@ -64,7 +64,8 @@ def _dot(equation: Any) -> float:
 
 def _devices(params: dict[str, Any]) -> int:
     mesh = params["mesh"]
-    manual = params.get("manual_axes", mesh.axis_names)
+    # JAX's own name for the axes that the shapes inside are one device's part of; versions differ.
+    manual = params.get("newly_manual_axes", params.get("manual_axes", mesh.axis_names))
     return math.prod(size for name, size in zip(mesh.axis_names, mesh.axis_sizes, strict=True) if name in manual)
 
 

@@ -19,7 +19,8 @@ from selfplay_jax.models import Model, ModelConfig, lora
 from selfplay_jax.preflight import flops
 from selfplay_jax.sampling import slots as device
 from selfplay_jax.sampling.filters import SamplingFilter
-from selfplay_jax.sampling.generate import _programs, _round_up, _slot_shardings
+from selfplay_jax.sampling.generate import _programs, _slot_shardings
+from selfplay_jax.sampling.generate import sizes as slot_sizes
 from selfplay_jax.table import Batch
 
 NAMES = ("train", "score", "fill", "decode")
@@ -172,26 +173,26 @@ def _score(config: Any, model: Model, mesh: Mesh) -> Program:
     )  # fmt: skip
 
 
-def _sampling(config: Any, model: Model, mesh: Mesh) -> tuple[Any, Any, Any, dict[str, float]]:
-    """(the decoding parameters, slots, programs, what lies beside them in memory)."""
-    settings, shards = config.sampling, partitioning.data_shards(mesh)
-    slots = _round_up(settings.slots, shards)
-    columns = bucket(config.data.max_prompt_tokens) + settings.max_new_tokens
+def _sampling(config: Any, model: Model, mesh: Mesh) -> tuple[Any, Any, int, Any, dict[str, float]]:
+    """(the decoding parameters, slots, prompts that enter together, programs, what lies beside them in memory)."""
+    settings = config.sampling
+    slots, width, columns = slot_sizes(settings.slots, config.data.max_prompt_tokens, settings.max_new_tokens, mesh)
     plain = dataclasses.replace(model, lora=None)
-    rules = partitioning.RULES if settings.sharded_weights else partitioning.DECODE_RULES
-    params = _params(plain, mesh, rules)
+    rules = "RULES" if settings.sharded_weights else "DECODE_RULES"
+    params = _params(plain, mesh, getattr(partitioning, rules))
     choose = SamplingFilter(settings.temperature, settings.top_k, settings.top_p)
-    programs = _programs(plain, choose, tuple(model.config.stop_ids), slots, columns, settings.max_new_tokens, mesh)
+    stops = tuple(model.config.stop_ids)
+    programs = _programs(plain, choose, stops, slots, columns, settings.max_new_tokens, mesh, rules)
     empty = jax.eval_shape(functools.partial(device.empty, plain, slots, columns, settings.max_new_tokens))
     state = abstract_like(empty, _slot_shardings(empty, mesh))
     beside = {}
     if model.lora is not None or not settings.sharded_weights:
         beside["the policy in the training layout"] = held(_params(model, mesh, partitioning.RULES))
-    return params, state, programs, beside
+    return params, state, width, programs, beside
 
 
 def _decode(config: Any, model: Model, mesh: Mesh) -> Program:
-    params, state, programs, beside = _sampling(config, model, mesh)
+    params, state, _, programs, beside = _sampling(config, model, mesh)
     arguments = (params, state, jax.ShapeDtypeStruct((), jnp.int32), None)
     slots = state.busy.shape[0]
     return Program(
@@ -201,9 +202,8 @@ def _decode(config: Any, model: Model, mesh: Mesh) -> Program:
 
 
 def _fill(config: Any, model: Model, mesh: Mesh) -> Program:
-    params, state, programs, beside = _sampling(config, model, mesh)
+    params, state, width, programs, beside = _sampling(config, model, mesh)
     slots, prompt = state.busy.shape[0], sizes(config).prompt
-    width = _round_up(max(1, slots // 4), partitioning.data_shards(mesh))
     integers = jax.ShapeDtypeStruct((width,), jnp.int32)
     refill = device.Refill(
         source=jax.ShapeDtypeStruct((slots,), jnp.int32),

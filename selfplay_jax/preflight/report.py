@@ -147,6 +147,7 @@ def _footnotes(result: Result) -> list[str]:
         "MFU at most: communication hidden behind computing; nothing hidden: one after the other. Both from estimated "
         "cycles and from bytes over all of a chip's links: contention, latency and the hosts' work are left out",
     ]
+    notes += next((outcome.uncut for outcome in result.outcomes if outcome.uncut), [])
     if any(outcome.pallas_flops for outcome in result.outcomes):
         notes.append("attention kernels (Pallas) have no estimate: their whole grid is counted at the peak rate")
     if not all((took := speed(o, result.slice)) is None or took.estimated for o in result.outcomes):

@@ -10,11 +10,12 @@ import time
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from selfplay_jax import game, partitioning
+from selfplay_jax import partitioning
 from selfplay_jax.errors import UserError
-from selfplay_jax.models import ModelConfig, RopeScaling
+from selfplay_jax.models import Model, ModelConfig, RopeScaling
 from selfplay_jax.preflight import hlo, programs, topologies
 
 _MOST_TEXT = 2000  # characters kept of a compiler's message
@@ -33,27 +34,27 @@ def main() -> int:
         config, shape = ConfigDict(request["config"]), read_shape(request["shape"])
         devices = topologies.devices(topologies.find(request["topology"], request["slices"]))
         mesh = partitioning.make_mesh(config.mesh.fsdp, config.mesh.tensor, devices, replica=config.mesh.replica)
-        game.check_layout(programs.make_model(config, shape), mesh)
     except UserError as error:
         tell("", "refused", message=str(error))
         return 0
     # As in selfplay.play: float32 games multiply in float32 on accelerators too.
     precision = "highest" if config.model.compute_dtype == "float32" else None
+    uncut = _uncut(programs.make_model(config, shape), mesh)
     for name in request["programs"]:
         tell(name, "started")
         with jax.default_matmul_precision(precision):
-            _compile(programs.build(config, shape, mesh, name), mesh, request["slices"], tell)
+            _compile(programs.build(config, shape, mesh, name), mesh, request["slices"], uncut, tell)
     return 0
 
 
-def _compile(program: programs.Program, mesh: Any, slices: int, tell: Any) -> None:
+def _compile(program: programs.Program, mesh: Mesh, slices: int, uncut: list[str], tell: Any) -> None:
     with partitioning.use_mesh(mesh):
         counted = programs.count(program.jitted, program.arguments, mesh)
         tell(
             program.name, "traced",
             flops=counted.total, pallas_flops=counted.pallas, model_flops=program.model_flops(),
             holds=program.holds, beside=program.beside, rows=program.rows, tokens=program.tokens,
-            mesh=dict(mesh.shape),
+            mesh=dict(mesh.shape), uncut=uncut,
         )  # fmt: skip
         began = time.perf_counter()
         try:
@@ -77,6 +78,14 @@ def _compile(program: programs.Program, mesh: Any, slices: int, tell: Any) -> No
         # The text comes last: the compiler has been seen to abort while writing it.
         once, repeated = hlo.read(compiled.as_text(), devices=mesh.size // slices, slices=slices)
         tell(program.name, "read", once=vars(once), repeated=vars(repeated))
+
+
+def _uncut(model: Model, mesh: Mesh) -> list[str]:
+    whole = partitioning.undivided(model.logical_axes(), model.abstract_params(), mesh)
+    return [
+        f"mesh.{axis}={pieces} does not divide the model's {name} ({size}): those parameters stay whole on that axis"
+        for name, (size, axis, pieces) in whole.items()
+    ]
 
 
 def read_shape(fields: dict[str, Any]) -> ModelConfig:
