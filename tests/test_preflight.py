@@ -311,17 +311,17 @@ def test_groups_of_collectives(text: str, groups: list[list[int]]) -> None:
         (
             "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
             "temporaries (640.06G) exceeds available HBM (15.75G). HLO module: jit_f.",
-            (TOO_LARGE, 640.06 * 2**30, "HLO temporaries"),
+            (TOO_LARGE, 640.06 * 2**30),
         ),
         (
             "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 2.50T of 15.75G hbm. Exceeded",
-            (TOO_LARGE, 2.5 * 2**40, "hbm"),
+            (TOO_LARGE, 2.5 * 2**40),
         ),
-        ("RESOURCE_EXHAUSTED: something new", (TOO_LARGE, 0.0, "")),
-        ("INTERNAL: Mosaic failed\nmore", ("the compiler refused it: INTERNAL: Mosaic failed", 0.0, "")),
+        ("RESOURCE_EXHAUSTED: something new", (TOO_LARGE, 0.0)),
+        ("INTERNAL: Mosaic failed\nmore", ("the compiler refused it: INTERNAL: Mosaic failed", 0.0)),
     ],
 )
-def test_what_the_compiler_says(message: str, expected: tuple[str, float, str]) -> None:
+def test_what_the_compiler_says(message: str, expected: tuple[str, float]) -> None:
     assert diagnose(message) == expected
 
 
@@ -512,7 +512,6 @@ def test_what_does_not_fit_gets_advice_that_was_tried(tmp_path: pathlib.Path) ->
     assert "DOES NOT FIT" in done.stdout
     assert "What would make it fit" in done.stdout
     assert "--config.sampling.slots=1  (too large" in done.stdout
-    assert "--config.sampling.sharded_weights=True  (fits, 5." in done.stdout
     assert "--config.mesh.tensor=4  (fits" in done.stdout
 
 
@@ -520,13 +519,13 @@ def test_what_does_not_fit_gets_advice_that_was_tried(tmp_path: pathlib.Path) ->
 @pytest.mark.tpu_compile
 def test_two_slices_talk_through_the_data_centre() -> None:
     config = config_of("--config.mesh.replica=2", "--config.train.batch_size=8", "--config.samples_per_prompt=1",
-                       "--config.opponents_per_prompt=1")  # fmt: skip
-    shape = dataclasses.replace(PLAIN, hidden_size=512, intermediate_size=1024, vocab_size=2048, head_dim=128)
+                       "--config.opponents_per_prompt=1", "--config.model.compute_dtype=bfloat16")  # fmt: skip
+    shape = dataclasses.replace(PLAIN, hidden_size=512, intermediate_size=1024, vocab_size=1024)
     (train,) = compile_programs(config, shape, topologies.find("2xv5e:2x2"), ["train"])
     assert train.status(V5E) == FITS
     assert train.mesh == {"replica": 2, "fsdp": 4, "tensor": 1}
     assert train.once is not None
-    # Gradients cross once: each device's part is a quarter of the float32 parameters.
-    assert train.holds["parameters"] < train.once.dcn_bytes < 1.1 * train.holds["parameters"]
+    # Gradients cross once: each device's part is a quarter of the float32 parameters, and sends half of it twice.
+    np.testing.assert_allclose(train.once.dcn_bytes, train.holds["parameters"], rtol=0.05)
     with pytest.raises(UserError, match=r"mesh\.replica=1 must be a multiple of the 2 slices"):
         compile_programs(config_of(), PLAIN, topologies.find("2xv5e:2x2"), ["train"])

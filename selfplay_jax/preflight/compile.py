@@ -25,8 +25,7 @@ class Outcome:
     """What compiling one program said, sizes in bytes per device; the fields before `seconds`: see `programs.Program`.
 
     memory: arguments, outputs that reuse no argument, temporaries and the program itself, as the compiler laid them
-    out; empty where it gave up. needed: what it said it needed when that was too much, `needed_for` of what. once,
-    repeated: see `hlo.read`; None where the compiled program could not be read.
+    out; empty where it gave up. needed: what it said it needed when that was too much. once, repeated: see `hlo.read`; None where the compiled program could not be read.
     """
 
     program: str
@@ -42,7 +41,6 @@ class Outcome:
     seconds: float = 0.0
     memory: dict[str, float] = dataclasses.field(default_factory=dict)
     needed: float = 0.0
-    needed_for: str = ""
     message: str = ""
     problem: str = ""
     once: Traffic | None = None
@@ -177,23 +175,23 @@ def _take(outcome: Outcome, row: dict[str, Any]) -> None:
         elif name not in ("program", "stage"):
             setattr(outcome, name, value)
     if row["stage"] == "failed":
-        outcome.problem, outcome.needed, outcome.needed_for = diagnose(row["message"])
+        outcome.problem, outcome.needed = diagnose(row["message"])
 
 
 _UNITS = {"": 1.0, "B": 1.0, "K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
 _NEEDED = (
-    r"total memory required for (?P<what>[\w ]+) \((?P<size>[\d.]+)(?P<unit>[BKMGT]?)\) exceeds",
-    r"Used (?P<size>[\d.]+)(?P<unit>[BKMGT]?) of [\d.]+[BKMGT]? (?P<what>hbm)",
+    r"total memory required for [\w ]+ \((?P<size>[\d.]+)(?P<unit>[BKMGT]?)\) exceeds",
+    r"Used (?P<size>[\d.]+)(?P<unit>[BKMGT]?) of [\d.]+[BKMGT]? hbm",
 )
 
 
-def diagnose(message: str) -> tuple[str, float, str]:
-    """(problem, bytes that were needed, of what) from a compiler's error."""
+def diagnose(message: str) -> tuple[str, float]:
+    """(problem, bytes that were needed or 0) from a compiler's error."""
     if "RESOURCE_EXHAUSTED" not in message and "Oom" not in message:
         first = message.strip().splitlines()[0] if message.strip() else "no message"
-        return f"the compiler refused it: {first[:200]}", 0.0, ""
+        return f"the compiler refused it: {first[:200]}", 0.0
     for pattern in _NEEDED:
         found = re.search(pattern, message)
         if found:
-            return TOO_LARGE, float(found["size"]) * _UNITS[found["unit"]], found["what"]
-    return TOO_LARGE, 0.0, ""
+            return TOO_LARGE, float(found["size"]) * _UNITS[found["unit"]]
+    return TOO_LARGE, 0.0

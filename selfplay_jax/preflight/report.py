@@ -77,8 +77,8 @@ def _problem(outcome: Outcome, result: Result) -> str:
     if outcome.memory:
         beside = ", ".join(outcome.beside) or "nothing"
         return f"{outcome.total / GIB:.2f} GiB with what lies beside it ({beside}) exceed {limit:.2f} GiB."
-    what = f" for {outcome.needed_for}" if outcome.needed_for else ""
-    return f"the compiler needs {outcome.needed / GIB:.2f} GiB{what}; the chip has {limit:.2f}."
+    needed = f"{outcome.needed / GIB:.2f} GiB" if outcome.needed else "more than there is"
+    return f"the compiler needs {needed}; the chip has {limit:.2f} GiB."
 
 
 def _speeds(result: Result) -> Table:
@@ -144,9 +144,12 @@ def _footnotes(result: Result) -> list[str]:
         "temporaries are activations, gradients and whatever else the compiler needs for a while; beside is what lies "
         "in memory without being an argument: "
         + ("; ".join(sorted({name for o in result.outcomes for name in o.beside})) or "nothing here"),
-        "MFU at most: communication hidden behind computing; nothing hidden: one after the other. Both from estimated "
-        "cycles and from bytes over all of a chip's links: contention, latency and the hosts' work are left out",
     ]
+    if any(outcome.memory for outcome in result.outcomes):
+        notes.append(
+            "MFU at most: communication hidden behind computing; nothing hidden: one after the other. Both from estimated "
+            "cycles and from bytes over all of a chip's links: contention, latency and the hosts' work are left out"
+        )
     notes += next((outcome.uncut for outcome in result.outcomes if outcome.uncut), [])
     if any(outcome.pallas_flops for outcome in result.outcomes):
         notes.append("attention kernels (Pallas) have no estimate: their whole grid is counted at the peak rate")
