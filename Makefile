@@ -1,5 +1,5 @@
 # Needs make and Python 3.11 or newer. Everything else is installed into $(VENV) from requirements.lock, by hash.
-# PYTHON=... picks the interpreter that a new environment is made with, VENV=... where it is made.
+# PYTHON=... picks the interpreter that a new environment is made with, VENV=... where it is made. TPU=1 adds libtpu.
 
 VENV ?= .venv
 UV ?= uv
@@ -16,7 +16,7 @@ endif
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1#/p' Makefile | awk -F'#' '{ printf "  make %-6s %s\n", $$1, $$2 }'
 
-setup: $(VENV)/.stamp ## make the environment (the others do it when it is missing or out of date)
+setup: $(VENV)/.stamp $(if $(TPU),$(VENV)/.stamp-tpu) ## make the environment (the others do it when it is missing or out of date); TPU=1 with libtpu
 
 demo: $(VENV)/.stamp ## three rounds of TPAW on the built-in task; ARGS="--workdir=DIR --config.field=value" for more
 	$(VENV)/bin/python -m selfplay_jax.main --config=configs/tpaw.py $(ARGS)
@@ -33,6 +33,8 @@ lock: ## resolve pyproject.toml into requirements.lock again (needs uv); ARGS=--
 	@command -v $(UV) >/dev/null || { echo "make lock needs uv: install it, or say where it is with UV=/path/to/uv" >&2; exit 1; }
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-emit-find-links --extra test --custom-compile-command "make lock" pyproject.toml -o requirements.lock $(ARGS)
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+	  --no-emit-find-links --extra tpu -c requirements.lock --no-header pyproject.toml | sed -n '/^libtpu==/,/^[^ l]/{/^[^ l]/!p}' >requirements-tpu.lock
 
 clean: ## remove the environments and the tools' caches, never runs/
 	rm -rf $(VENV) .venv-parity .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
@@ -56,4 +58,9 @@ $(VENV)/.stamp: requirements.lock pyproject.toml
 	@$(PIP_INSTALL) --require-hashes --no-deps --no-build-isolation -r requirements.lock
 	@$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@rm $(VENV)/.installing
+	@touch $@
+
+# The TPU's compiler and runtime, as the locked jax asks for it: 300 MB that other machines do without.
+$(VENV)/.stamp-tpu: $(VENV)/.stamp requirements-tpu.lock
+	@$(PIP_INSTALL) --require-hashes --no-deps -r requirements-tpu.lock
 	@touch $@

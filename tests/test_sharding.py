@@ -2,21 +2,26 @@
 
 import dataclasses
 import functools
+import importlib
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import PLAIN, mesh_of
+from tiny_models import PLAIN, mesh_of, param_shardings
 from toy_training import SETTINGS, spin
 
 from selfplay_jax import partitioning
 from selfplay_jax.groups import Group
 from selfplay_jax.logprobs import by_rows, response_logps
 from selfplay_jax.models.decoder import Model
+from selfplay_jax.sampling import SamplingFilter
+from selfplay_jax.sampling.slots import Refill
 from selfplay_jax.table import Batch
 from selfplay_jax.train import programs
+
+generate = importlib.import_module("selfplay_jax.sampling.generate")  # the package's name `generate` is the function
 
 LAYERS, HIDDEN, VOCAB = 5, 48, 112  # sizes that name their dimension: no other is 5, 48 or 112
 CONFIG = dataclasses.replace(
@@ -68,7 +73,19 @@ def _groups(line: str, devices: int) -> frozenset[frozenset[int]]:
         if iota.group(4):
             ids = ids.transpose([int(n) for n in iota.group(4).split(",")])
         return frozenset(map(frozenset, ids.reshape(int(iota.group(1)), int(iota.group(2))).tolist()))
-    return frozenset([frozenset(range(devices))])  # mesh axes by name: only scalars are summed so; taken for all
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{([^}]*)\}", line
+    )
+    assert named and ":" not in named.group(4), line  # parts of an axis are not read here
+    ids = np.arange(devices)
+    if named.group(2):
+        ids = ids.reshape([int(n) for n in named.group(2).split(",")]).transpose(
+            list(map(int, named.group(3).split(",")))
+        )
+    sizes = {part.split("=")[0]: int(part.split("=")[1]) for part in named.group(1).split(",")}
+    axes = [list(sizes).index(name) for name in named.group(4).split(",")]
+    moved = np.moveaxis(ids.reshape(list(sizes.values())), axes, range(-len(axes), 0))
+    return frozenset(map(frozenset, moved.reshape(-1, int(np.prod(moved.shape[-len(axes) :]))).tolist()))
 
 
 def along(mesh: jax.sharding.Mesh, *axes: str) -> frozenset[frozenset[int]]:
@@ -170,3 +187,32 @@ def test_a_step_that_a_mesh_does_not_divide_computes_the_same():
     one = by_rows(model, partitioning.make_mesh(1, 1, devices[:1]), response_logps)(params, group)
     five = by_rows(model, partitioning.make_mesh(5, 1, devices), response_logps)(params, group)
     np.testing.assert_allclose(five, one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (2, 4)], ids=str)
+def test_decoding_moves_neither_weights_nor_the_cache(shape):
+    """Weights whole over fsdp: prefill and decode send activations along tensor, between slots only how many are busy.
+
+    With four tensor devices and two key/value heads the cache is cut over its columns, and stays so.
+    """
+    mesh, slots, columns = mesh_of(*shape), 16, 56
+    model = Model(dataclasses.replace(CONFIG, num_kv_heads=2))
+    parts = generate._programs(model, SamplingFilter(), (1,), slots, columns, 24, mesh)
+    state = jax.eval_shape(parts.empty)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots))
+    tokens = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    refill = Refill(tokens((slots,)), tokens((slots, 32)), tokens((slots,)), keys)
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        model.abstract_params(),
+        param_shardings(model, mesh, partitioning.DECODE_RULES),
+    )
+    local = LAYERS * slots // shape[0] * 2 * columns * 6 // shape[1]  # a device's part of the cache's keys
+    with partitioning.use_mesh(mesh):
+        programs = [parts.fill.lower(params, state, refill), parts.decode.lower(params, state, np.int32(4), None)]
+    prompts = slots // shape[0] * 2 * 32 * 6  # a layer's keys of the prompts that a device prefills
+    for program, most in zip(programs, [prompts, local // LAYERS - 1], strict=True):
+        for c in collectives(program.compile().as_text(), 8):
+            scalars = all(size(s) == 1 for s in c.shapes)
+            assert scalars or all(any(group <= row for row in along(mesh, "tensor")) for group in c.groups), c
+            assert all(size(s) <= most for s in c.shapes if s[-1] == 6), c
