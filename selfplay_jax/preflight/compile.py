@@ -25,7 +25,8 @@ class Outcome:
     """What compiling one program said, sizes in bytes per device; the fields before `seconds`: see `programs.Program`.
 
     memory: arguments, outputs that reuse no argument, temporaries and the program itself, as the compiler laid them
-    out; empty where it gave up. needed: what it said it needed when that was too much. once, repeated: see `hlo.read`; None where the compiled program could not be read.
+    out; empty where it gave up. needed: what it said it needed when that was too much. uncut: what the mesh does not
+    divide, in words. once, repeated: see `hlo.read`; None where the compiled program could not be read.
     """
 
     program: str

@@ -87,29 +87,28 @@ def phases(
     mean_response: tokens that a sampled response has on average. Programs that were not compiled are left out.
     """
     compiled = {outcome.program: outcome for outcome in outcomes}
-    rounds: list[tuple[str, str, float]] = []
-    if "decode" in compiled:
-        responses = count * config.samples_per_prompt
-        rounds.append(
-            (
-                "sampling: prompts",
-                "fill",
-                math.ceil(responses / max(compiled["fill"].rows, 1)) if "fill" in compiled else 0,
-            )
-        )
-        rounds.append(("sampling: tokens", "decode", responses * mean_response / max(compiled["decode"].rows, 1)))
-    if "score" in compiled:
-        most = programs.sizes(config).score_columns
-        # A pass over fewer columns costs less: in proportion to its token positions.
-        of = programs.sizes(config)
-        whole = of.prompt + most * of.response
-        share = sum((math.ceil(columns / most) * of.prompt + columns * of.response) / whole for _, columns in of.passes)
-        rounds.append(("scoring", "score", share * math.ceil(count / max(compiled["score"].rows, 1))))
-    if "train" in compiled:
-        rounds.append(("training", "train", config.train.epochs * math.ceil(count / config.train.batch_size)))
+    rows = {name: max(outcome.rows, 1) for name, outcome in compiled.items()}
+    responses = count * config.samples_per_prompt
+    runs: dict[str, tuple[str, float]] = {}
+    if "fill" in rows:
+        runs["fill"] = "sampling: prompts", math.ceil(responses / rows["fill"])
+    if "decode" in rows:
+        runs["decode"] = "sampling: tokens", responses * mean_response / rows["decode"]
+    if "score" in rows:
+        runs["score"] = "scoring", _score_runs(programs.sizes(config)) * math.ceil(count / rows["score"])
+    if "train" in rows:
+        runs["train"] = "training", config.train.epochs * math.ceil(count / config.train.batch_size)
     result = []
-    for name, program, runs in rounds:
-        took = speed(compiled[program], wanted) if program in compiled else None
+    for program, (name, number) in runs.items():
+        took = speed(compiled[program], wanted)
         if took is not None:
-            result.append(Phase(name, program, runs, runs * took.in_turn / efficiency))
+            result.append(Phase(name, program, number, number * took.in_turn / efficiency))
     return result
+
+
+def _score_runs(of: programs.Sizes) -> float:
+    """The round's passes in runs of the compiled program: fewer columns cost less, by their token positions."""
+    whole = of.prompt + of.score_columns * of.response
+    return sum(
+        (math.ceil(columns / of.score_columns) * of.prompt + columns * of.response) / whole for _, columns in of.passes
+    )
