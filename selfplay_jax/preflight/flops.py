@@ -51,7 +51,8 @@ def _equation(equation: Any) -> Flops:
     if name == "shard_map":  # its shapes are one device's
         return inner.times(_devices(params))
     if name == "pallas_call":
-        whole = inner.times(math.prod(params["grid_mapping"].grid)).total
+        grid = [size for size in params["grid_mapping"].grid if isinstance(size, int)]
+        whole = inner.times(math.prod(grid)).total
         return Flops(whole, whole)
     return inner
 

@@ -113,6 +113,8 @@ def names(config: Any) -> list[str]:
 def make_model(config: Any, shape: ModelConfig) -> Model:
     """The model as `game.set_up` makes it on TPUs."""
     fields = {name: value for name, value in config.model.items() if name != "path"}
+    if fields.get("attention") == "auto":
+        fields["attention"] = "splash"  # as on TPUs, whatever this machine is
     return Model(shape, **fields, lora=lora.of_config(config.lora))
 
 
@@ -246,8 +248,10 @@ def _params(model: Model, mesh: Mesh, rules: partitioning.Rules) -> Any:
 
 
 def _bare(model: Model) -> Model:
-    """The model that computes nothing twice."""
-    return dataclasses.replace(model, remat="none")
+    """The model that computes nothing twice: a fused attention kernel recomputes its scores on the way back."""
+    changed = {"remat": "none", "attention": "plain"}
+    there = {field.name for field in dataclasses.fields(model)}
+    return dataclasses.replace(model, **{name: value for name, value in changed.items() if name in there})
 
 
 def count(jitted: Any, arguments: tuple[Any, ...], mesh: Mesh) -> flops.Flops:

@@ -148,8 +148,8 @@ def _footnotes(result: Result) -> list[str]:
     if any(outcome.memory for outcome in result.outcomes):
         notes.append(
             "MFU at most: communication hidden behind computing; nothing hidden: one after the other. Both from "
-            "estimated cycles and from bytes over all of a chip's links: contention, latency and the hosts' work are left "
-            "out"
+            "estimated cycles and from bytes over all of a chip's links: contention, latency and the hosts' work are "
+            "left out"
         )
     notes += next((outcome.uncut for outcome in result.outcomes if outcome.uncut), [])
     if any(outcome.pallas_flops for outcome in result.outcomes):
