@@ -462,6 +462,43 @@ def test_without_the_compiler_one_sentence_says_how_to_get_it(capsys: Any, monke
     assert error.count("\n") == 1
 
 
+# Stands in for the worker: dies like the TPU compiler while it compiles "score" (or while it writes "fill"'s text), and
+# never ends with "decode".
+STAND_IN = """#!{python}
+import json, os, sys, time
+request = json.load(sys.stdin)
+def tell(program, stage, **fields):
+    print(json.dumps(dict(program=program, stage=stage, **fields)), flush=True)
+for name in request["programs"]:
+    tell(name, "started")
+    if name == "score":
+        os.write(2, b"noise\\nCheck failed: something\\n")
+        os._exit(134)
+    if name == "decode":
+        time.sleep(600)
+    tell(name, "compiled", seconds=1.0, memory=dict(arguments=5.0))
+    if name == "fill":
+        os._exit(139)
+    tell(name, "read", once=dict(cycles=3.0), repeated=dict())
+"""
+
+
+def test_a_compiler_that_dies_costs_one_program(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN.format(python=sys.executable))
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    names = ["score", "fill", "train", "decode"]
+    score, fill, train, decode = compile_programs(config_of(), PLAIN, V5E, names, limit=12)
+    assert (score.status(V5E), score.message) == (CRASHED, "Check failed: something")
+    assert (fill.status(V5E), fill.once) == (FITS, None)  # its size was known before
+    assert (train.status(V5E), train.once) == (FITS, hlo.Traffic(cycles=3.0))
+    assert decode.status(V5E) == LATE
+    stand_in.write_text(f"#!{sys.executable}\nraise OSError('no room for libtpu')\n")
+    with pytest.raises(UserError, match="its last words: OSError: no room for libtpu"):
+        compile_programs(config_of(), PLAIN, V5E, names)
+
+
 def preflight(*flags: str) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a user would: no setting of this test process's reaches it."""
     env = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}

@@ -79,7 +79,7 @@ def compile_programs(
       limit: seconds for all of them; what is not done by then is LATE.
       on_stage: told (program, stage) as work goes on; stages are started, traced, compiled, failed, read.
     Raises:
-      UserError: the mesh does not fit the slice or the model, or the slice is unknown to the compiler.
+      UserError: the mesh does not fit the slice, the slice is unknown to the compiler, or the compiler cannot start.
     """
     outcomes: dict[str, Outcome] = {}
     timer = _Timer(limit)
@@ -98,8 +98,8 @@ def compile_programs(
                 outcome = outcomes.setdefault(name, Outcome(name))
                 outcome.problem = outcome.problem or ("" if outcome.memory else LATE)
             break
-        if last is None:  # it ended before it began: not the compiler's doing
-            raise RuntimeError(f"preflight's compiling process ended without a word: {words}")
+        if last is None:
+            raise UserError(f"the process that compiles ended before it compiled anything; its last words: {words}.")
         current = outcomes[last]
         if not current.memory and not current.problem:
             current.problem, current.message = CRASHED, words
