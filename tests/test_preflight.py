@@ -484,8 +484,8 @@ for name in request["programs"]:
 
 
 def test_a_compiler_that_dies_costs_one_program(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
-    stand_in = tmp_path / "python"
-    stand_in.write_text(STAND_IN.format(python=sys.executable))
+    stand_in, python = tmp_path / "python", sys.executable
+    stand_in.write_text(STAND_IN.format(python=python))
     stand_in.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stand_in))
     names = ["score", "fill", "train", "decode"]
@@ -494,7 +494,7 @@ def test_a_compiler_that_dies_costs_one_program(tmp_path: pathlib.Path, monkeypa
     assert (fill.status(V5E), fill.once) == (FITS, None)  # its size was known before
     assert (train.status(V5E), train.once) == (FITS, hlo.Traffic(cycles=3.0))
     assert decode.status(V5E) == LATE
-    stand_in.write_text(f"#!{sys.executable}\nraise OSError('no room for libtpu')\n")
+    stand_in.write_text(f"#!{python}\nraise OSError('no room for libtpu')\n")
     with pytest.raises(UserError, match="its last words: OSError: no room for libtpu"):
         compile_programs(config_of(), PLAIN, V5E, names)
 
