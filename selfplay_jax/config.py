@@ -51,6 +51,7 @@ def base() -> ConfigDict:
                 "param_dtype": "float32",
                 "remat": "none",  # none, dots, full
                 "logits_chunk": 32,
+                "attention": "auto",  # plain, splash (the TPU's kernel); auto is splash on TPUs
             },
             "lora": {
                 "rank": 0,  # 0: every parameter is trained; else only adapters of this rank on a frozen base
@@ -186,6 +187,7 @@ _CHOICES = {
     "export_dtype": ("", "float32", "bfloat16"),
     "lora.export": ("merged", "peft"),
     "model.remat": ("none", "dots", "full"),
+    "model.attention": ("auto", "plain", "splash"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "data.turns": ("last", "first", "all"),

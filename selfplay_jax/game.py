@@ -17,7 +17,7 @@ from selfplay_jax.data import builtin, tasks
 from selfplay_jax.data.templates import Template, check_vocabulary, load_tokenizer
 from selfplay_jax.errors import Stopped, UserError
 from selfplay_jax.methods import check_fields, needs_rejected
-from selfplay_jax.models import Model, load_hf, lora, read_config, save_hf
+from selfplay_jax.models import Model, load_hf, lora, read_config, save_hf, splash
 from selfplay_jax.models.decoder import Params
 from selfplay_jax.progress import say
 from selfplay_jax.rounds import write_bytes
@@ -133,6 +133,7 @@ def set_up(config: Any, workdir: epath.Path, should_stop: Callable[[], bool]) ->
     mesh = partitioning.make_mesh(config.mesh.fsdp, config.mesh.tensor, replica=config.mesh.replica)
     path = str(builtin.BASE) if config.model.path == "builtin" else config.model.path
     fields = {name: value for name, value in config.model.items() if name != "path"}
+    fields["attention"] = splash.resolve(fields["attention"], partitioning.platform(mesh))
     model = Model(read_config(path), **fields, lora=lora.of_config(config.lora))
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, model.config.vocab_size)
@@ -179,6 +180,10 @@ def _load_task(config: Any, workdir: epath.Path, template: Template) -> tasks.Ta
 
 
 def _tell(config: Any, model: Model, template: Template, task: tasks.Task) -> None:
+    if model.attention == "splash_interpret":
+        say("note: config.model.attention=splash is a kernel for TPUs; here it is interpreted, which is slow")
+    if model.attention != "plain" and not splash.fits(model.config):
+        say("note: attention is plain: splash attention has no form for a window in some of the model's layers only")
     longest = config.data.max_prompt_tokens + max(config.data.max_response_tokens, config.sampling.max_new_tokens)
     if longest > model.config.max_position_embeddings:
         say(

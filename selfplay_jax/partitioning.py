@@ -89,6 +89,11 @@ def _arrange(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(within, [slices, 1, 1], devices, allow_split_physical_axes=True)
 
 
+def platform(mesh: Mesh) -> str:
+    """What the mesh's devices are: "tpu", "gpu" or "cpu". The process may be another thing, when it only compiles."""
+    return mesh.devices.flat[0].platform
+
+
 def data_shards(mesh: Mesh) -> int:
     """How many parts a batch is cut into: its size must be a multiple."""
     return _cut("batch", mesh, RULES)[1]
@@ -200,13 +205,13 @@ def unshard(leaf: jax.Array, axes: Axes, sizes: dict[str, int], dtype: Any) -> j
     """
     for dimension, name in enumerate(axes):
         if name in _DATA_RULES and _DATA_RULES[name] in _manual() and leaf.shape[dimension] != sizes[name]:
-            others = _compilers_spec(axes, leaf.shape)
+            others = compilers_spec(axes, leaf.shape)
             leaf = checkpoint_name(_gather(leaf, _DATA_RULES[name], dimension, dtype, others), UNSHARDED)
     return leaf
 
 
-def _compilers_spec(axes: Axes, shape: Sequence[int]) -> PartitionSpec:
-    """How an array in `over_rows` is cut over the axes that are left to the compiler."""
+def compilers_spec(axes: Axes, shape: Sequence[int]) -> PartitionSpec:
+    """How an array is cut over the axes that are left to the compiler: inside `over_rows` that is `tensor`."""
     mesh, manual = jax.sharding.get_abstract_mesh(), _manual()
     rules = {name: over for name, over in RULES.items() if not manual & set(_cut(name, mesh, RULES)[0])}
     return spec(axes, shape, mesh, rules)
@@ -264,7 +269,7 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return array
-    return jax.lax.with_sharding_constraint(array, _compilers_spec(axes, array.shape))
+    return jax.lax.with_sharding_constraint(array, compilers_spec(axes, array.shape))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from selfplay_jax import metrics, partitioning
 from selfplay_jax.checkpoints import Checkpoints, abstract_like
 from selfplay_jax.data import builtin
 from selfplay_jax.errors import UserError
-from selfplay_jax.models import Model, load_hf, lora, read_config
+from selfplay_jax.models import Model, load_hf, lora, read_config, splash
 from selfplay_jax.models.decoder import Params
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -45,7 +45,8 @@ def load_model(
         raise UserError(f"{path} is no run's workdir (its config.json names no method), so it has no player {player}")
     own = config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype = dtype or (own if own in _DTYPES else "float32")
-    model = Model(read_config(path), compute_dtype=dtype, param_dtype=dtype)
+    attention = splash.resolve("auto", partitioning.platform(mesh))
+    model = Model(read_config(path), compute_dtype=dtype, param_dtype=dtype, attention=attention)
     _, params = load_hf(path, param_dtype=dtype, shardings=_shardings(model, mesh))
     return model, params, str(directory if directory.is_dir() else path)
 
@@ -78,6 +79,7 @@ def _load_player(
 ) -> tuple[Model, Params, str]:
     fields = dict(config["model"])
     path = fields.pop("path")
+    fields["attention"] = splash.resolve(fields.get("attention", "auto"), partitioning.platform(mesh))
     source = str(builtin.BASE) if path == "builtin" else path
     model = Model(read_config(source), **fields, lora=lora.of_config(config.get("lora", {"rank": 0})))
     if not (workdir / "checkpoints" / "players").is_dir():
