@@ -413,6 +413,11 @@ def test_speed_from_cycles_and_bytes() -> None:
     assert (took.compute, took.ici, took.hidden, took.in_turn) == (3.0, 1.0, 3.0, 4.0)
     np.testing.assert_allclose(took.mfu_hidden, 6e15 / (16 * 197e12 * 3))
     assert speed.speed(Outcome("train", problem=TOO_LARGE), V5E) is None
+    loops = {"once": hlo.Traffic(cycles=chip.clock), "repeated": hlo.Traffic(cycles=2 * chip.clock)}
+    for program, seconds in (("decode", 2.0), ("train", 3.0)):  # per token; once through everything
+        took = speed.speed(outcome(program, 1, **loops), V5E)
+        assert took is not None
+        assert took.compute == seconds
     unread = speed.speed(outcome("train", 1, flops=16 * 197e12, model_flops=8 * 197e12), V5E)
     assert unread is not None
     assert (unread.compute, unread.mfu_hidden, unread.estimated) == (1.0, 0.5, False)

@@ -19,6 +19,7 @@ from rich.console import Console
 from selfplay_jax import game
 from selfplay_jax.errors import UserError
 from selfplay_jax.main import read_flags
+from selfplay_jax.methods import WARM_UP
 from selfplay_jax.models import ModelConfig
 from selfplay_jax.preflight import advise as advising
 from selfplay_jax.preflight import programs, report, shapes, speed, topologies
@@ -181,9 +182,12 @@ def _across_slices(config: Any, wanted: topologies.Slice) -> Any:
 
 
 def _notes(config: Any, wanted: topologies.Slice) -> list[str]:
-    if _across_slices(config, wanted) is config:
-        return []
-    return [f"compiled with --config.mesh.replica={wanted.slices}: the model is copied to every slice"]
+    notes = []
+    if _across_slices(config, wanted) is not config:
+        notes.append(f"compiled with --config.mesh.replica={wanted.slices}: the model is copied to every slice")
+    if config.sft.epochs and config.method != WARM_UP:
+        notes.append("the SFT warm-up before the first round is not compiled: its groups have one response each")
+    return notes
 
 
 def _parameters(config: Any, shape: ModelConfig) -> int:

@@ -37,6 +37,15 @@ class Traffic:
     dcn_bytes: float = 0.0
     collectives: dict[str, int] = dataclasses.field(default_factory=dict)
 
+    def __add__(self, other: "Traffic") -> "Traffic":
+        kinds = sorted(self.collectives | other.collectives)
+        return Traffic(
+            self.cycles + other.cycles,
+            self.ici_bytes + other.ici_bytes,
+            self.dcn_bytes + other.dcn_bytes,
+            {kind: self.collectives.get(kind, 0) + other.collectives.get(kind, 0) for kind in kinds},
+        )
+
 
 @dataclasses.dataclass
 class _Instruction:

@@ -35,9 +35,11 @@ def speed(outcome: Outcome, wanted: Slice) -> Speed | None:
         return None
     chip = wanted.chip
     peak = chip.peak_flops * wanted.devices
-    runs = [traffic for traffic in (outcome.repeated, outcome.once) if traffic is not None]
-    # Decoding is all in its loop; what stands before it happens once per refill.
-    traffic = runs[0] if runs and runs[0].cycles else (runs[-1] if runs else None)
+    traffic = outcome.once
+    if outcome.once is not None and outcome.repeated is not None:
+        # Decoding is all in its loop: what stands before it happens once per refill, not once per token.
+        decoding = outcome.program == "decode" and outcome.repeated.cycles
+        traffic = outcome.repeated if decoding else outcome.once + outcome.repeated
     if traffic is None or not traffic.cycles:
         compute = outcome.flops / peak
     else:
