@@ -161,6 +161,7 @@ def test_flops_against_a_hand_count(mesh: tuple[int, int, int]) -> None:
     config = config_of(
         "--config.samples_per_prompt=1", "--config.opponents_per_prompt=1", "--config.train.batch_size=16",
         "--config.scoring.batch_size=16", "--config.train.accumulate=2", "--config.model.remat=full",
+        "--config.model.attention=plain",
     )  # fmt: skip
     devices = partitioning.make_mesh(mesh[1], mesh[2], replica=mesh[0])
     score = programs.build(config, PLAIN, devices, "score")
@@ -518,7 +519,10 @@ def preflight(*flags: str) -> subprocess.CompletedProcess[str]:
 @needs_compiler
 @pytest.mark.tpu_compile
 def test_the_built_in_game_compiles_for_four_chips() -> None:
-    done = preflight("--topology=v5e:2x2", "--json", "--config.scoring.batch_size=8", "--config.sampling.slots=8")
+    done = preflight(
+        "--topology=v5e:2x2", "--json", "--config.scoring.batch_size=8", "--config.sampling.slots=8",
+        "--config.model.remat=full",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["model"] == "the built-in base"

@@ -26,7 +26,8 @@ class Outcome:
 
     memory: arguments, outputs that reuse no argument, temporaries and the program itself, as the compiler laid them
     out; empty where it gave up. needed: what it said it needed when that was too much. uncut: what the mesh does not
-    divide, in words. once, repeated: see `hlo.read`; None where the compiled program could not be read.
+    divide, in words. once, repeated: see `hlo.read`; None where the compiled program could not be read, and `message`
+    has the last words.
     """
 
     program: str
@@ -103,6 +104,8 @@ def compile_programs(
         current = outcomes[last]
         if not current.memory and not current.problem:
             current.problem, current.message = CRASHED, words
+        elif current.memory and current.once is None:
+            current.message = words
         pending = pending[pending.index(last) + 1 :]
     return [outcomes[name] for name in programs]
 

@@ -15,7 +15,7 @@ from selfplay_jax import methods, partitioning, scoring, train
 from selfplay_jax.checkpoints import abstract_like
 from selfplay_jax.errors import UserError
 from selfplay_jax.groups import TARGET, Group, bucket
-from selfplay_jax.models import Model, ModelConfig, lora
+from selfplay_jax.models import Model, ModelConfig, lora, splash
 from selfplay_jax.preflight import flops
 from selfplay_jax.sampling import slots as device
 from selfplay_jax.sampling.filters import SamplingFilter
@@ -113,8 +113,7 @@ def names(config: Any) -> list[str]:
 def make_model(config: Any, shape: ModelConfig) -> Model:
     """The model as `game.set_up` makes it on TPUs."""
     fields = {name: value for name, value in config.model.items() if name != "path"}
-    if fields.get("attention") == "auto":
-        fields["attention"] = "splash"  # as on TPUs, whatever this machine is
+    fields["attention"] = splash.resolve(fields["attention"], "tpu")
     return Model(shape, **fields, lora=lora.of_config(config.lora))
 
 
@@ -249,9 +248,7 @@ def _params(model: Model, mesh: Mesh, rules: partitioning.Rules) -> Any:
 
 def _bare(model: Model) -> Model:
     """The model that computes nothing twice: a fused attention kernel recomputes its scores on the way back."""
-    changed = {"remat": "none", "attention": "plain"}
-    there = {field.name for field in dataclasses.fields(model)}
-    return dataclasses.replace(model, **{name: value for name, value in changed.items() if name in there})
+    return dataclasses.replace(model, remat="none", attention="plain")
 
 
 def count(jitted: Any, arguments: tuple[Any, ...], mesh: Mesh) -> flops.Flops:

@@ -158,6 +158,7 @@ def _footnotes(result: Result) -> list[str]:
         notes.append(
             "a program without readable estimates counts as matrix products at the peak rate: a bound, no more"
         )
+    notes += [f"{_TITLES[o.program]} could not be read: {o.message}" for o in result.outcomes if o.memory and o.message]
     return notes
 
 

@@ -48,36 +48,33 @@ def main() -> int:
 
 
 def _compile(program: programs.Program, mesh: Mesh, slices: int, uncut: list[str], tell: Any) -> None:
-    with partitioning.use_mesh(mesh):
-        counted = programs.count(program.jitted, program.arguments, mesh)
-        tell(
-            program.name, "traced",
-            flops=counted.total, pallas_flops=counted.pallas, model_flops=program.model_flops(),
-            holds=program.holds, beside=program.beside, rows=program.rows, tokens=program.tokens,
-            mesh=dict(mesh.shape), uncut=uncut,
-        )  # fmt: skip
-        began = time.perf_counter()
-        try:
+    counted = programs.count(program.jitted, program.arguments, mesh)
+    tell(
+        program.name, "traced",
+        flops=counted.total, pallas_flops=counted.pallas, model_flops=program.model_flops(),
+        holds=program.holds, beside=program.beside, rows=program.rows, tokens=program.tokens,
+        mesh=dict(mesh.shape), uncut=uncut,
+    )  # fmt: skip
+    began = time.perf_counter()
+    try:
+        with partitioning.use_mesh(mesh):
             compiled = program.jitted.trace(*program.arguments).lower().compile()
-        except jax.errors.JaxRuntimeError as error:
-            tell(
-                program.name, "failed",
-                message=str(error)[:_MOST_TEXT], seconds=time.perf_counter() - began,
-            )  # fmt: skip
-            return
-        memory = compiled.memory_analysis()
-        tell(
-            program.name, "compiled", seconds=time.perf_counter() - began,
-            memory={
-                "arguments": memory.argument_size_in_bytes,
-                "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-                "temporaries": memory.temp_size_in_bytes,
-                "program": memory.generated_code_size_in_bytes,
-            },
-        )  # fmt: skip
-        # The text comes last: the compiler has been seen to abort while writing it.
-        once, repeated = hlo.read(compiled.as_text(), devices=mesh.size // slices, slices=slices)
-        tell(program.name, "read", once=vars(once), repeated=vars(repeated))
+    except jax.errors.JaxRuntimeError as error:
+        tell(program.name, "failed", message=str(error)[:_MOST_TEXT], seconds=time.perf_counter() - began)
+        return
+    memory = compiled.memory_analysis()
+    tell(
+        program.name, "compiled", seconds=time.perf_counter() - began,
+        memory={
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "program": memory.generated_code_size_in_bytes,
+        },
+    )  # fmt: skip
+    # The text comes last: the compiler has been seen to abort while writing it.
+    once, repeated = hlo.read(compiled.as_text(), devices=mesh.size // slices, slices=slices)
+    tell(program.name, "read", once=vars(once), repeated=vars(repeated))
 
 
 def _uncut(model: Model, mesh: Mesh) -> list[str]:
