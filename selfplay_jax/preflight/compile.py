@@ -145,7 +145,7 @@ def _run(
     env = environment()
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package), env.get("PYTHONPATH"))))
     last: str | None = None
-    with tempfile.TemporaryFile("w+", errors="replace") as noise:
+    with tempfile.TemporaryFile("w+", errors="replace") as noise, tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "-m", "selfplay_jax.preflight.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, text=True, env=env,
@@ -153,7 +153,7 @@ def _run(
         timer.watch(process)
         try:
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(json.dumps(request))
+            process.stdin.write(json.dumps({**request, "folder": folder}))
             process.stdin.close()
             for line in process.stdout:
                 row = json.loads(line)

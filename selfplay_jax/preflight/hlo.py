@@ -72,6 +72,8 @@ def read(text: str, *, devices: int, slices: int) -> tuple[Traffic, Traffic]:
                 length = _length(computations.get(called.get("condition", ""), []))
                 visit(called["body"], times * (length or 1), unbounded or length is None, inside)
                 continue
+            if instruction.opcode in ("async-update", "async-done"):  # what async-start began
+                continue
             for kind, inner in _CALLED.findall(instruction.rest):
                 if kind != "to_apply":  # the sum of a reduction
                     visit(inner, times, unbounded, inner)

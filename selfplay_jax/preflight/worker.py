@@ -5,6 +5,7 @@ A process of its own, because the TPU compiler may abort on a program, and what 
 
 import json
 import os
+import pathlib
 import sys
 import time
 from typing import Any
@@ -22,7 +23,7 @@ _MOST_TEXT = 2000  # characters kept of a compiler's message
 
 
 def main() -> int:
-    """Compiles what stdin asks for: {"config", "shape", "topology", "slices", "programs"}."""
+    """Compiles what stdin asks for: {"config", "shape", "topology", "slices", "programs", "folder"}."""
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else is printed is noise
     request = json.load(sys.stdin)
@@ -43,11 +44,18 @@ def main() -> int:
     for name in request["programs"]:
         tell(name, "started")
         with jax.default_matmul_precision(precision):
-            _compile(programs.build(config, shape, mesh, name), mesh, request["slices"], uncut, tell)
+            _compile(
+                programs.build(config, shape, mesh, name),
+                mesh,
+                request["slices"],
+                uncut,
+                f"{request['folder']}/{name}",
+                tell,
+            )
     return 0
 
 
-def _compile(program: programs.Program, mesh: Mesh, slices: int, uncut: list[str], tell: Any) -> None:
+def _compile(program: programs.Program, mesh: Mesh, slices: int, uncut: list[str], folder: str, tell: Any) -> None:
     counted = programs.count(program.jitted, program.arguments, mesh)
     tell(
         program.name, "traced",
@@ -58,7 +66,8 @@ def _compile(program: programs.Program, mesh: Mesh, slices: int, uncut: list[str
     began = time.perf_counter()
     try:
         with partitioning.use_mesh(mesh):
-            compiled = program.jitted.trace(*program.arguments).lower().compile()
+            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            compiled = program.jitted.trace(*program.arguments).lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         tell(program.name, "failed", message=str(error)[:_MOST_TEXT], seconds=time.perf_counter() - began)
         return
@@ -72,8 +81,10 @@ def _compile(program: programs.Program, mesh: Mesh, slices: int, uncut: list[str
             "program": memory.generated_code_size_in_bytes,
         },
     )  # fmt: skip
-    # The text comes last: the compiler has been seen to abort while writing it.
-    once, repeated = hlo.read(compiled.as_text(), devices=mesh.size // slices, slices=slices)
+    # `as_text()` fails on programs with some asynchronous collectives; what the compiler itself wrote down is the same.
+    texts = list(pathlib.Path(folder).glob("*after_codegen.txt"))
+    text = max(texts, key=lambda path: path.stat().st_size).read_text() if texts else compiled.as_text()
+    once, repeated = hlo.read(text, devices=mesh.size // slices, slices=slices)
     tell(program.name, "read", once=vars(once), repeated=vars(repeated))
 
 
