@@ -268,6 +268,7 @@ HLO = """HloModule jit_step, is_scheduled=true
 ENTRY %main (p0: f32[8,16]) -> f32[8,16] {
   %p0 = f32[8,16]{1,0:T(8,128)} parameter(0)
   %copy = f32[8,16]{1,0:T(8,128)} copy(%p0), backend_config={"estimated_cycles":"1000"}
+  %gather.2 = s32[4]{0:T(128)} all-gather(%p0), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}
   %sum.1 = (f32[8,16]{1,0:T(8,128)}, f32[]{:T(128)}) all-reduce(%p0, %copy), channel_id=1, replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
   %while.1 = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) while(%p0), condition=%condition, body=%body
   %send = (f32[8,16]{1,0:T(8,128)}, u32[], token[]) send(%copy), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
@@ -281,11 +282,12 @@ def test_reading_a_compiled_program() -> None:
     assert once.cycles == 1000 + 5 * 150
     assert repeated.cycles == 7 + 5 * 150
     assert once.collectives == {
-        "across slices: all_reduce": 1, "all-gather": 5, "all-reduce": 1, "reduce-scatter": 5,
+        "across slices: all_reduce": 1, "all-gather": 6, "all-reduce": 1, "reduce-scatter": 5,
     }  # fmt: skip
     gather, scatter = 16 * 8 * 2 * 3 / 4, 8 * 16 * 4 * 3 / 4
     assert repeated.ici_bytes == 5 * (gather + scatter)
-    assert once.ici_bytes == repeated.ici_bytes + 2 * (8 * 16 * 4 + 4) / 2  # pairs: each sends half, twice
+    # Another gather on the same channel; an all-reduce of pairs: each sends half, twice.
+    assert once.ici_bytes == repeated.ici_bytes + 4 * 4 * 3 / 4 + 2 * (8 * 16 * 4 + 4) / 2
     assert once.dcn_bytes == 2 * 8 * 16 * 4 * 2 / 3
     assert repeated.dcn_bytes == 0
 

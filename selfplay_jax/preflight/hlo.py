@@ -86,7 +86,7 @@ def read(text: str, *, devices: int, slices: int) -> tuple[Traffic, Traffic]:
 
 
 class _Tally:
-    """Sums over instructions. The pieces of one asynchronous collective share a channel and count once."""
+    """Sums over instructions. The pieces of one asynchronous collective share channel and shape, and count once."""
 
     def __init__(self, devices: int, slices: int):
         self._devices, self._slices = devices, slices
@@ -107,7 +107,8 @@ class _Tally:
         else:
             return
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        key = f"{instruction.opcode}/{channel.group(1) if channel else f'{inside}/{instruction.name}'}"
+        where = channel.group(1) if channel else f"{inside}/{instruction.name}"
+        key = f"{instruction.opcode}/{where}/{list(_arrays(instruction.shape))}"
         if key not in self._sent or self._sent[key][1] < times:
             self._sent[key] = (name, times, ici * times, dcn * times)
 
