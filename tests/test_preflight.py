@@ -200,14 +200,15 @@ def test_speed_from_cycles_and_bytes() -> None:
 
 def test_a_round_is_as_many_runs_as_the_game_makes() -> None:
     config = config_of("--config.samples_per_prompt=2", "--config.opponents_per_prompt=1", "--config.train.epochs=3")
+    copies = {"fill": 2, "decode": 2}  # two hosts sample
     second = hlo.Traffic(cycles=V5E.chip.clock)
     rows = {"train": 25, "score": 10, "fill": 5, "decode": 20}
-    done = [outcome(name, 1, rows=n, once=second) for name, n in rows.items()]
+    done = [outcome(name, 1, rows=n, once=second, copies=copies.get(name, 1)) for name, n in rows.items()]
     runs = {
         phase.program: phase.runs
         for phase in speed.phases(config, done, V5E, count=100, mean_response=8, efficiency=0.5)
     }
-    assert (runs["fill"], runs["decode"], runs["train"]) == (40, 80, 12)
+    assert (runs["fill"], runs["decode"], runs["train"]) == (20, 40, 12)
     # θ_t on y, y_t, y_{t-1}, y_{t-2} (7 columns with 2 samples each), two older players on y_t (2 columns).
     whole, part = 16 + 7 * 32, 16 + 2 * 32
     np.testing.assert_allclose(runs["score"], 10 * (1 + 2 * part / whole))

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 import pathlib
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny_models import PLAIN
 
@@ -74,6 +76,32 @@ def test_sizes_of_a_steady_round(file: str, columns: int, players: int, passes: 
     if file != "dpo":
         assert found.passes == passes
     assert (found.prompt, found.response) == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("owners", "sharded", "alone"),
+    [
+        ([[[0, 0], [1, 1]]], False, True),  # two hosts, tensor within each
+        ([[[0, 1], [0, 1]]], False, False),  # tensor lies across
+        ([[[0, 0], [1, 1]]], True, False),  # so do the weights
+        ([[[0, 0], [0, 0]]], False, False),  # one host
+    ],
+)
+def test_hosts_sample_alone_where_they_can(owners: list[Any], sharded: bool, alone: bool) -> None:
+    mesh = types.SimpleNamespace(devices=np.vectorize(lambda i: types.SimpleNamespace(process_index=i))(owners))
+    config = config_of(f"--config.sampling.sharded_weights={sharded}")
+    assert programs.samples_alone(config, mesh) is alone  # type: ignore[arg-type]
+
+
+def test_a_host_samples_on_its_own_mesh() -> None:
+    whole, host = partitioning.make_mesh(4, 2), partitioning.make_mesh(2, 2, jax.devices()[:4])
+    config = config_of("--config.sampling.slots=7")
+    together, alone = (programs.build(config, PLAIN, whole, "decode", mesh) for mesh in (None, host))
+    assert (together.copies, together.rows, together.mesh.size) == (1, 8, 8)
+    assert (alone.copies, alone.rows, alone.mesh.size) == (2, 8, 4)
+    assert alone.holds["parameters"] == together.holds["parameters"]  # whole columns, cut over tensor alone
+    assert alone.holds["cache"] == 2 * together.holds["cache"]
+    assert alone.beside == together.beside
 
 
 def test_what_a_game_runs() -> None:

@@ -37,6 +37,7 @@ class Outcome:
     rows: int = 0
     tokens: int = 0
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    copies: int = 1
     uncut: list[str] = dataclasses.field(default_factory=list)
     holds: dict[str, float] = dataclasses.field(default_factory=dict)
     beside: dict[str, float] = dataclasses.field(default_factory=dict)

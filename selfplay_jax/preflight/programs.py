@@ -31,7 +31,8 @@ class Program:
     """One jitted program with abstract arguments.
 
     holds: bytes per device of the arguments, by what they are. beside: bytes per device that lie in memory at the same
-    time without being arguments. rows: prompts or slots of one run. tokens: token positions that one run computes,
+    time without being arguments. mesh: where it runs; copies: how many such run beside each other, each on devices of
+    its own (sampling, a host each). rows: prompts or slots of one run. tokens: token positions that one run computes,
     padding included (one step of decoding: one per slot). model_flops: matrix products that the mathematics asks for,
     all devices together, without what is computed again to save memory.
     """
@@ -41,6 +42,8 @@ class Program:
     arguments: tuple[Any, ...]
     holds: dict[str, float]
     beside: dict[str, float]
+    mesh: Mesh
+    copies: int
     rows: int
     tokens: int
     model_flops: Callable[[], float]
@@ -117,15 +120,27 @@ def make_model(config: Any, shape: ModelConfig) -> Model:
     return Model(shape, **fields, lora=lora.of_config(config.lora))
 
 
-def build(config: Any, shape: ModelConfig, mesh: Mesh, name: str) -> Program:
+def build(config: Any, shape: ModelConfig, mesh: Mesh, name: str, host: Mesh | None = None) -> Program:
     """One program of the config's game on `mesh`; nothing is computed and nothing allocated.
+
+    `host` is a mesh of one host's devices, where each host samples by itself (see `samples_alone`).
 
     Raises:
       UserError: the mesh cannot hold the batch or the model.
     """
     model = make_model(config, shape)
     config = configs.of_round(config, steady_round(config))
-    return {"train": _train, "score": _score, "fill": _fill, "decode": _decode}[name](config, model, mesh)
+    if name in ("fill", "decode"):
+        return (_fill if name == "fill" else _decode)(config, model, mesh, host)
+    return (_train if name == "train" else _score)(config, model, mesh)
+
+
+def samples_alone(config: Any, mesh: Mesh) -> bool:
+    """Whether each host samples its prompts on its own devices: unless the weights or `tensor` lie across hosts."""
+    hosts = {device.process_index for device in mesh.devices.flat}
+    rows = mesh.devices.reshape(-1, mesh.devices.shape[-1])
+    across = any(len({device.process_index for device in row}) > 1 for row in rows)
+    return len(hosts) > 1 and not across and not config.sampling.sharded_weights
 
 
 def _train(config: Any, model: Model, mesh: Mesh) -> Program:
@@ -156,7 +171,7 @@ def _train(config: Any, model: Model, mesh: Mesh) -> Program:
     if frozen:
         holds["frozen base"] = held(frozen)
     tokens = rows * (of.prompt + of.columns * of.response)
-    return Program("train", parts.step, arguments(parts), holds, {}, rows, tokens, model_flops)
+    return Program("train", parts.step, arguments(parts), holds, {}, mesh, 1, rows, tokens, model_flops)
 
 
 def _score(config: Any, model: Model, mesh: Mesh) -> Program:
@@ -169,12 +184,12 @@ def _score(config: Any, model: Model, mesh: Mesh) -> Program:
     beside = {"the policy, while another player scores": held(model.split(params)[0])} if len(of.passes) > 1 else {}
     return Program(
         "score", program, (params, batch.group), {"parameters": held(params), "batch": held(batch.group)}, beside,
-        rows, rows * (of.prompt + of.score_columns * of.response),
+        mesh, 1, rows, rows * (of.prompt + of.score_columns * of.response),
         lambda: count(scoring._score_program(_bare(model), mesh), (params, batch.group), mesh).total,
     )  # fmt: skip
 
 
-def _sampling(config: Any, model: Model, mesh: Mesh) -> tuple[Any, Any, int, Any, dict[str, float]]:
+def _sampling(config: Any, model: Model, trained: Mesh, mesh: Mesh) -> tuple[Any, Any, int, Any, dict[str, float]]:
     """(the decoding parameters, slots, prompts that enter together, programs, what lies beside them in memory)."""
     settings = config.sampling
     slots, width, columns = slot_sizes(settings.slots, config.data.max_prompt_tokens, settings.max_new_tokens, mesh)
@@ -188,22 +203,28 @@ def _sampling(config: Any, model: Model, mesh: Mesh) -> tuple[Any, Any, int, Any
     state = abstract_like(empty, _slot_shardings(empty, mesh))
     beside = {}
     if model.lora is not None or not settings.sharded_weights:
-        beside["the policy in the training layout"] = held(_params(model, mesh, partitioning.RULES))
+        beside["the policy in the training layout"] = held(_params(model, trained, partitioning.RULES))
     return params, state, width, programs, beside
 
 
-def _decode(config: Any, model: Model, mesh: Mesh) -> Program:
-    params, state, _, programs, beside = _sampling(config, model, mesh)
+def _copies(mesh: Mesh, host: Mesh | None) -> int:
+    return 1 if host is None else mesh.size // host.size
+
+
+def _decode(config: Any, model: Model, mesh: Mesh, host: Mesh | None) -> Program:
+    here = host or mesh
+    params, state, _, programs, beside = _sampling(config, model, mesh, here)
     arguments = (params, state, jax.ShapeDtypeStruct((), jnp.int32), None)
     slots = state.busy.shape[0]
     return Program(
-        "decode", programs.decode, arguments, _sampling_holds(params, state), beside, slots, slots,
-        lambda: count(programs.decode, arguments, mesh).total,
+        "decode", programs.decode, arguments, _sampling_holds(params, state), beside,
+        here, _copies(mesh, host), slots, slots, lambda: count(programs.decode, arguments, here).total,
     )  # fmt: skip
 
 
-def _fill(config: Any, model: Model, mesh: Mesh) -> Program:
-    params, state, width, programs, beside = _sampling(config, model, mesh)
+def _fill(config: Any, model: Model, mesh: Mesh, host: Mesh | None) -> Program:
+    here = host or mesh
+    params, state, width, programs, beside = _sampling(config, model, mesh, here)
     slots, prompt = state.busy.shape[0], sizes(config).prompt
     integers = jax.ShapeDtypeStruct((width,), jnp.int32)
     refill = device.Refill(
@@ -214,8 +235,8 @@ def _fill(config: Any, model: Model, mesh: Mesh) -> Program:
     )
     arguments = (params, state, refill)
     return Program(
-        "fill", programs.fill, arguments, _sampling_holds(params, state), beside, width, width * prompt,
-        lambda: count(programs.fill, arguments, mesh).total,
+        "fill", programs.fill, arguments, _sampling_holds(params, state), beside,
+        here, _copies(mesh, host), width, width * prompt, lambda: count(programs.fill, arguments, here).total,
     )  # fmt: skip
 
 

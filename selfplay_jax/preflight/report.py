@@ -24,7 +24,7 @@ _COLUMNS = ("parameters", "optimizer", "frozen base", "cache", "batch", "tempora
 def show(console: Console, result: Result, assumptions: Assumptions, notes: Sequence[str]) -> None:
     """Everything about one slice."""
     wanted = result.slice
-    mesh = next((outcome.mesh for outcome in result.outcomes if outcome.mesh), {})
+    mesh = result.mesh
     count = f"{wanted.slices} slices of {wanted.topology}" if wanted.slices > 1 else wanted.topology
     console.print(
         f"\n[bold]{wanted.name}[/]: {count}, {wanted.chips} chips on {wanted.hosts} host(s), "
@@ -150,6 +150,11 @@ def _footnotes(result: Result) -> list[str]:
             "MFU at most: communication hidden behind computing; nothing hidden: one after the other. Both from "
             "estimated cycles and from bytes over all of a chip's links: contention, latency and the hosts' work are "
             "left out"
+        )
+    copies = max((outcome.copies for outcome in result.outcomes), default=1)
+    if copies > 1:
+        notes.append(
+            f"sampling: each of the {copies} hosts samples its own prompts, in sampling.slots slots of its own"
         )
     notes += next((outcome.uncut for outcome in result.outcomes if outcome.uncut), [])
     if any(outcome.pallas_flops for outcome in result.outcomes):

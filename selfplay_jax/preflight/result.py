@@ -42,6 +42,11 @@ class Result:
         """Hours of a round, None where they are not known."""
         return sum(phase.seconds for phase in self.phases) / 3600 if self.phases else None
 
+    @property
+    def mesh(self) -> dict[str, int]:
+        """The sizes of the run's mesh; {} where only programs of a host's own were compiled."""
+        return next((outcome.mesh for outcome in self.outcomes if outcome.copies == 1), {})
+
     def largest(self) -> Outcome | None:
         """The program that takes the most memory."""
         return max(self.outcomes, key=lambda outcome: outcome.total or outcome.needed, default=None)
@@ -58,7 +63,7 @@ class Result:
             "hbm_gib": self.slice.chip.hbm_bytes / GIB,
             "status": self.status,
             "fits": self.status == FITS,
-            "mesh": next((outcome.mesh for outcome in self.outcomes if outcome.mesh), {}),
+            "mesh": self.mesh,
             "programs": [_program(outcome, self.slice) for outcome in self.outcomes],
             "round": {
                 "hours": self.hours,
@@ -90,7 +95,7 @@ def parts(outcome: Outcome) -> dict[str, float]:
 def tokens_per_second(outcome: Outcome, wanted: Slice) -> float | None:
     """Token positions per second and chip, with communication in turn with computation."""
     took = speed(outcome, wanted)
-    return outcome.tokens / took.in_turn / wanted.chips if took and took.in_turn else None
+    return outcome.tokens * outcome.copies / took.in_turn / wanted.chips if took and took.in_turn else None
 
 
 def _program(outcome: Outcome, wanted: Slice) -> dict[str, Any]:
@@ -104,6 +109,8 @@ def _program(outcome: Outcome, wanted: Slice) -> dict[str, Any]:
         "total_gib": outcome.total / GIB,
         "needed_gib": outcome.needed / GIB,
         "headroom_gib": (wanted.chip.hbm_bytes - outcome.total) / GIB if outcome.total else None,
+        "mesh": outcome.mesh,
+        "copies": outcome.copies,
         "rows": outcome.rows,
         "tokens": outcome.tokens,
         "model_flops": outcome.model_flops,

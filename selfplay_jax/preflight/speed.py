@@ -34,7 +34,7 @@ def speed(outcome: Outcome, wanted: Slice) -> Speed | None:
     if not outcome.memory:
         return None
     chip = wanted.chip
-    peak = chip.peak_flops * wanted.devices
+    peak = chip.peak_flops * wanted.devices / outcome.copies
     traffic = outcome.once
     if outcome.once is not None and outcome.repeated is not None:
         # Decoding is all in its loop: what stands before it happens once per refill, not once per token.
@@ -89,7 +89,7 @@ def phases(
     mean_response: tokens that a sampled response has on average. Programs that were not compiled are left out.
     """
     compiled = {outcome.program: outcome for outcome in outcomes}
-    rows = {name: max(outcome.rows, 1) for name, outcome in compiled.items()}
+    rows = {name: max(outcome.rows * outcome.copies, 1) for name, outcome in compiled.items()}
     responses = count * config.samples_per_prompt
     runs: dict[str, tuple[str, float]] = {}
     if "fill" in rows:

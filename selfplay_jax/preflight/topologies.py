@@ -92,6 +92,13 @@ class Slice:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
+    def one_host(self) -> "Slice":
+        """The chips of one machine, as a slice."""
+        if self.hosts == self.slices:
+            return dataclasses.replace(self, slices=1)
+        return dataclasses.replace(self, shape=(2, 2, 1)[: self.chip.dimensions], slices=1)
+
+    @property
     def chips(self) -> int:
         """Chips of all slices."""
         return math.prod(self.shape) * self.slices

@@ -33,35 +33,35 @@ def main() -> int:
 
     try:
         config, shape = ConfigDict(request["config"]), read_shape(request["shape"])
-        devices = topologies.devices(topologies.find(request["topology"], request["slices"]))
+        wanted = topologies.find(request["topology"], request["slices"])
+        devices = topologies.devices(wanted)
         mesh = partitioning.make_mesh(config.mesh.fsdp, config.mesh.tensor, devices, replica=config.mesh.replica)
     except UserError as error:
         tell("", "refused", message=str(error))
         return 0
     # As in selfplay.play: float32 games multiply in float32 on accelerators too.
     precision = "highest" if config.model.compute_dtype == "float32" else None
+    host = None
+    if programs.samples_alone(config, mesh):
+        host = partitioning.make_mesh(-1, mesh.shape["tensor"], topologies.devices(wanted.one_host))
     uncut = _uncut(programs.make_model(config, shape), mesh)
     for name in request["programs"]:
         tell(name, "started")
+        program = programs.build(config, shape, mesh, name, host)
+        slices = wanted.slices if program.copies == 1 else 1
         with jax.default_matmul_precision(precision):
-            _compile(
-                programs.build(config, shape, mesh, name),
-                mesh,
-                request["slices"],
-                uncut,
-                f"{request['folder']}/{name}",
-                tell,
-            )
+            _compile(program, slices, uncut, f"{request['folder']}/{name}", tell)
     return 0
 
 
-def _compile(program: programs.Program, mesh: Mesh, slices: int, uncut: list[str], folder: str, tell: Any) -> None:
+def _compile(program: programs.Program, slices: int, uncut: list[str], folder: str, tell: Any) -> None:
+    mesh = program.mesh
     counted = programs.count(program.jitted, program.arguments, mesh)
     tell(
         program.name, "traced",
         flops=counted.total, pallas_flops=counted.pallas, model_flops=program.model_flops(),
         holds=program.holds, beside=program.beside, rows=program.rows, tokens=program.tokens,
-        mesh=dict(mesh.shape), uncut=uncut,
+        mesh=dict(mesh.shape), copies=program.copies, uncut=uncut,
     )  # fmt: skip
     began = time.perf_counter()
     try:
