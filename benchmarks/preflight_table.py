@@ -59,7 +59,8 @@ def memory_row(model: str, answer: dict[str, Any]) -> str:
     cells = [
         model,
         result["slice"],
-        " x ".join(str(size) for size in result["mesh"].values()),
+        " x ".join(str(size) for size in program["mesh"].values())
+        + (f", on each of {program['copies']} hosts" if program["copies"] > 1 else ""),
         program["name"],
         f"{gib['parameters']:.2f}",
         f"{gib['optimizer']:.2f}" if gib["optimizer"] else "",
