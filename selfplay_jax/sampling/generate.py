@@ -146,6 +146,15 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def sizes(slots: int, longest: int, max_new_tokens: int, mesh: Mesh | None) -> tuple[int, int, int]:
+    """(slots, prompts that enter together, columns of the cache) for prompts of up to `longest` tokens on a mesh."""
+    shards = 1 if mesh is None else partitioning.data_shards(mesh)
+    slots = _round_up(slots, shards)
+    columns = bucket(longest) + max_new_tokens
+    columns = _round_up(columns, 1 if mesh is None else mesh.shape.get("tensor", 1))  # see "cache_columns"
+    return slots, _round_up(max(1, slots // 4), shards), columns
+
+
 def generate(
     model: Model,
     params: Params,
@@ -203,10 +212,7 @@ def generate(
     ids = np.arange(len(prompts)) if prompt_ids is None else np.asarray(prompt_ids)
     stops = tuple(model.config.stop_ids if stop_ids is None else stop_ids)
     shards = 1 if mesh is None else partitioning.data_shards(mesh)
-    slots = _round_up(min(slots, total), shards)
-    width = _round_up(max(1, slots // 4), shards)  # prompts that enter together
-    columns = bucket(max_prompt_tokens or longest) + max_new_tokens
-    columns = _round_up(columns, 1 if mesh is None else mesh.shape.get("tensor", 1))  # see "cache_columns"
+    slots, width, columns = sizes(min(slots, total), max_prompt_tokens or longest, max_new_tokens, mesh)
     rules = "DECODE_RULES" if mesh is None else _rules(params)
     programs = _programs(model, choose, stops, slots, columns, max_new_tokens, mesh, rules)
 
