@@ -24,10 +24,11 @@ demo: $(VENV)/.stamp ## three rounds of TPAW on the built-in task; ARGS="--workd
 test: $(VENV)/.stamp ## the test suite; ARGS="-k losses", or ARGS="-m ''" for the slow ones too
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-lint: $(VENV)/.stamp ## ruff and mypy
+lint: $(VENV)/.stamp ## ruff, mypy and shellcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck -x launch/*.sh launch/gke/*.sh .ci/run
 
 lock: ## resolve pyproject.toml into requirements.lock again (needs uv); ARGS=--upgrade for newer versions
 	@command -v $(UV) >/dev/null || { echo "make lock needs uv: install it, or say where it is with UV=/path/to/uv" >&2; exit 1; }
