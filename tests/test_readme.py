@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import re
 import shlex
+import subprocess
 
 import pytest
 
@@ -41,12 +42,17 @@ def test_every_command_is_of_a_kind_that_is_checked():
     for words in COMMANDS:
         if words[0] == "make":
             assert words[1] in TARGETS, words
+        elif words[0].startswith("launch/"):
+            assert (ROOT / words[0]).is_file()
+            dry = [words[0], "--dry-run", *words[1:]]
+            done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0 and done.stdout, done.stderr
         elif words[0] == "source":
             assert words[1:] == [".venv/bin/activate"]
         else:
             assert words[:2] == ["python", "-m"], words
             assert importlib.util.find_spec(words[2]) is not None
-            checked = ("selfplay_jax.main", "selfplay_jax.report", *PARSERS)
+            checked = ("selfplay_jax.main", "selfplay_jax.report", "selfplay_jax.preflight", *PARSERS)
             assert words[2] in checked, f"check this command too: {words}"
 
 
@@ -156,5 +162,5 @@ def test_papers_and_exit_codes():
 
 
 def test_short_and_from_nowhere_in_particular():
-    assert len(README.splitlines()) < 220
+    assert len(README.splitlines()) < 240
     assert not re.search(r"/(work|opt|home|root|tmp)/", README)
