@@ -3,8 +3,8 @@
 On several hosts run it on each: Cloud TPU, GKE, Slurm and Open MPI tell the processes of each other; elsewhere add
 `--coordinator=HOST:PORT --num_processes=N --process_id=I`.
 
-Exit codes: 0 done, 1 a user's error (one sentence on stderr), 75 stopped by a signal; 76 another process of the job
-died. After 75 and 76 the same command goes on.
+Exit codes: 0 done, 1 a user's error (one sentence on stderr), 70 an unexpected error (a traceback), 75 stopped by a
+signal; 76 another process of the job died. After 75 and 76 the same command goes on.
 """
 
 import logging as standard_logging
@@ -13,6 +13,7 @@ import pathlib
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ml_collections import config_flags
 from selfplay_jax.config import flat, unknown_field
 from selfplay_jax.errors import Stopped, UserError
 
+UNEXPECTED = 70  # EX_SOFTWARE: not 1, which launchers take for the user's to mend, and do not try again
 RESUMABLE = 75  # EX_TEMPFAIL: what launchers take for "run it again"
 _GO_ON = "stopped; run the same command to go on"
 
@@ -153,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return distributed.leave(RESUMABLE, "interrupted")
     except Exception as error:
         distributed.failed(error)
-        raise
+        traceback.print_exc()
+        return UNEXPECTED
     return distributed.leave(0)
 
 

@@ -124,3 +124,14 @@ def test_full_disk(error, tmp_path):
         assert json.loads((disk / "run/config.json").read_text())["method"] == "tpaw"  # what was there is whole
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_an_unexpected_error_is_not_called_the_users(monkeypatch, capsys, tmp_path):
+    """Launchers end a run at 1, and try again at other codes."""
+
+    def fails(*_):
+        raise ZeroDivisionError("of ours")
+
+    monkeypatch.setattr("selfplay_jax.selfplay.play", fails)
+    assert main.main(["--config=configs/tpaw.py", f"--workdir={tmp_path}", "--config.compilation_cache="]) == 70
+    assert "ZeroDivisionError: of ours" in capsys.readouterr().err
