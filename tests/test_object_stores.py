@@ -39,6 +39,7 @@ def bucket(monkeypatch):
     for name in Bucket.protocol:
         fsspec.register_implementation(name, Bucket, clobber=True)
     Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]  # folders, which the test before made
     # epath remembers the file system that it found for a scheme
     epath.backend._FileSystemSpecBackend._get_filesystem.cache_clear()
     yield epath.Path("gs://bucket/run")
