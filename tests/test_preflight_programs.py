@@ -269,6 +269,10 @@ def test_reading_a_compiled_program() -> None:
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x", [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ("replica_groups=mesh['a'=8] {'a':(2)2}, x", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        (
+            "replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a'}, x",
+            [[0, 1], [2, 3], [4, 5], [6, 7]],
+        ),
     ],
 )
 def test_groups_of_collectives(text: str, groups: list[list[int]]) -> None:

@@ -16,6 +16,7 @@ from selfplay_jax import partitioning
 from selfplay_jax.groups import Group
 from selfplay_jax.logprobs import by_rows, response_logps
 from selfplay_jax.models.decoder import Model
+from selfplay_jax.preflight.hlo import replica_groups
 from selfplay_jax.sampling import SamplingFilter
 from selfplay_jax.sampling.slots import Refill
 from selfplay_jax.table import Batch
@@ -64,28 +65,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
 
 def _groups(line: str, devices: int) -> frozenset[frozenset[int]]:
-    explicit = re.search(r"replica_groups=\{\{([\d,{}]*)\}\}", line)
-    if explicit:
-        return frozenset(frozenset(map(int, part.split(","))) for part in explicit.group(1).split("},{"))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    if iota:
-        ids = np.arange(devices).reshape([int(n) for n in iota.group(3).split(",")])
-        if iota.group(4):
-            ids = ids.transpose([int(n) for n in iota.group(4).split(",")])
-        return frozenset(map(frozenset, ids.reshape(int(iota.group(1)), int(iota.group(2))).tolist()))
-    named = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{([^}]*)\}", line
-    )
-    assert named and ":" not in named.group(4), line  # parts of an axis are not read here
-    ids = np.arange(devices)
-    if named.group(2):
-        ids = ids.reshape([int(n) for n in named.group(2).split(",")]).transpose(
-            list(map(int, named.group(3).split(",")))
-        )
-    sizes = {part.split("=")[0]: int(part.split("=")[1]) for part in named.group(1).split(",")}
-    axes = [list(sizes).index(name) for name in named.group(4).split(",")]
-    moved = np.moveaxis(ids.reshape(list(sizes.values())), axes, range(-len(axes), 0))
-    return frozenset(map(frozenset, moved.reshape(-1, int(np.prod(moved.shape[-len(axes) :]))).tolist()))
+    assert re.search(r"replica_groups=(\{\{|\[|mesh\[)", line), line
+    return frozenset(map(frozenset, replica_groups(line, devices)))
 
 
 def along(mesh: jax.sharding.Mesh, *axes: str) -> frozenset[frozenset[int]]:

@@ -146,7 +146,7 @@ class _Tally:
 
 def replica_groups(rest: str, devices: int) -> list[list[int]]:
     """The groups of a collective from its text: {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0), or mesh['a'=2,'b'=4] {'b'}."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*)\))? \{([^}]*)\}", rest)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", rest)
     if mesh:
         return _of_mesh(*mesh.groups())
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
@@ -155,6 +155,7 @@ def replica_groups(rest: str, devices: int) -> list[list[int]]:
         assert shape is not None and dims is not None
         return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
     listed = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", rest)
+    assert listed or not re.search(r"replica_groups=[^{]|replica_groups=\{[^}]", rest), rest  # none, or {}: all devices
     return _explicit(listed.group(1)) if listed else [list(range(devices))]
 
 
