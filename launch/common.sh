@@ -43,6 +43,16 @@ ask() {
 # help_of FILE: the comment at the top of a script is its --help.
 help_of() { sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//;p;};}' "$1"; }
 
+# help_without COMMAND: the help of the script that calls it, and the end, where no command is given or help is asked for.
+help_without() {
+  case $1 in
+    '' | -h | --help | help)
+      help_of "${BASH_SOURCE[1]}"
+      exit 0
+      ;;
+  esac
+}
+
 need_program() { command -v "$1" >/dev/null 2>&1 || die "$1 is not installed or not on PATH: $2"; }
 
 need() { [[ -n $2 ]] || die "$1 is missing: $3"; }

@@ -24,12 +24,7 @@ launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$launch/common.sh"
 
 command=${1-}
-case $command in
-  '' | -h | --help | help)
-    help_of "${BASH_SOURCE[0]}"
-    exit 0
-    ;;
-esac
+help_without "$command"
 shift
 
 name='' run_id='' bucket='' program_args=() options=() secrets=()

@@ -60,12 +60,7 @@ source "$launch/tpu_vm_run.sh"
 trap 'say "line $LINENO failed unexpectedly"; exit $EX_SETUP' ERR
 
 command=${1-}
-case $command in
-  '' | -h | --help | help)
-    help_of "${BASH_SOURCE[0]}"
-    exit 0
-    ;;
-esac
+help_without "$command"
 shift
 
 name='' zone=${CLOUDSDK_COMPUTE_ZONE-} project=${CLOUDSDK_CORE_PROJECT-}

@@ -34,12 +34,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../common.sh"
 
 command=${1-}
-case $command in
-  '' | -h | --help | help)
-    help_of "${BASH_SOURCE[0]}"
-    exit 0
-    ;;
-esac
+help_without "$command"
 shift
 original=("$@")
 
