@@ -143,12 +143,12 @@ def leave(code: int, sentence: str = "") -> int:
     return code
 
 
-def failed(error: BaseException) -> None:
+def failed(error: BaseException, code: int) -> None:
     """What to do with an exception that is no user's error. With several processes it ends this one: with a sentence
-    where a peer's death explains the error, else with the traceback, and the others hear of it.
+    where a peer's death explains the error, else with the traceback and `code`, and the others hear of it.
     """
     if _job.watch is not None:
-        _job.watch.failed(error)
+        _job.watch.failed(error, code)
 
 
 # Agreement

@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_GO_ON, file=sys.stderr)
         return distributed.leave(RESUMABLE, "interrupted")
     except Exception as error:
-        distributed.failed(error)
+        distributed.failed(error, UNEXPECTED)
         traceback.print_exc()
         return UNEXPECTED
     return distributed.leave(0)

@@ -68,14 +68,14 @@ class Watch:
         self._say({"sentence": f"process {self._index} of {self._count} ended: {sentence}", "code": code})
         self._end("", code)
 
-    def failed(self, error: BaseException) -> None:
-        """Ends the process: by the verdict on a peer where an error looks like its death, else with the traceback."""
+    def failed(self, error: BaseException, code: int) -> None:
+        """Ends the process: by the verdict on a peer where an error looks like its death, else with `code`."""
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if re.search(_LOST, text):
             time.sleep(_DEAD_S + 10 * _BEAT_S)  # `_end` comes from a thread
         self._say({"sentence": f"process {self._index} of {self._count} failed ({text}); {_AGAIN}", "code": PEER_DIED})
         traceback.print_exception(error)
-        self._end("", 1)
+        self._end("", code)
 
     # What the threads do
 

@@ -127,7 +127,7 @@ def run(task, port, count, index, folder, *more):
     except Stopped:
         return distributed.leave(75)
     except Exception as error:
-        distributed.failed(error)
+        distributed.failed(error, 70)
         raise
     return distributed.leave(0)
 
