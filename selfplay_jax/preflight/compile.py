@@ -1,5 +1,6 @@
 """Compiles programs in processes of their own and gathers what came out, whatever happens to the compiler."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -84,30 +85,32 @@ def compile_programs(
       UserError: the mesh does not fit the slice, the slice is unknown to the compiler, or the compiler cannot start.
     """
     outcomes: dict[str, Outcome] = {}
-    timer = _Timer(limit)
     pending = list(programs)
-    while pending:
-        request = {
-            "config": json.loads(config.to_json()),
-            "shape": dataclasses.asdict(shape),
-            "topology": wanted.topology,
-            "slices": wanted.slices,
-            "programs": pending,
-        }
-        last, words = _run(request, outcomes, timer, on_stage)
-        if timer.over:
-            for name in pending:
-                outcome = outcomes.setdefault(name, Outcome(name))
-                outcome.problem = outcome.problem or ("" if outcome.memory else LATE)
-            break
-        if last is None:
-            raise UserError(f"the process that compiles ended before it compiled anything; its last words: {words}.")
-        current = outcomes[last]
-        if not current.memory and not current.problem:
-            current.problem, current.message = CRASHED, words
-        elif current.memory and current.once is None:
-            current.message = words
-        pending = pending[pending.index(last) + 1 :]
+    with contextlib.closing(_Timer(limit)) as timer:
+        while pending:
+            request = {
+                "config": json.loads(config.to_json()),
+                "shape": dataclasses.asdict(shape),
+                "topology": wanted.topology,
+                "slices": wanted.slices,
+                "programs": pending,
+            }
+            last, words = _run(request, outcomes, timer, on_stage)
+            if timer.over:
+                for name in pending:
+                    outcome = outcomes.setdefault(name, Outcome(name))
+                    outcome.problem = outcome.problem or ("" if outcome.memory else LATE)
+                break
+            if last is None:
+                raise UserError(
+                    f"the process that compiles ended before it compiled anything; its last words: {words}."
+                )
+            current = outcomes[last]
+            if not current.memory and not current.problem:
+                current.problem, current.message = CRASHED, words
+            elif current.memory and current.once is None:
+                current.message = words
+            pending = pending[pending.index(last) + 1 :]
     return [outcomes[name] for name in programs]
 
 
@@ -125,7 +128,7 @@ class _Timer:
         if self.over and process is not None:
             process.kill()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
 
