@@ -84,8 +84,7 @@ def measure(directory: pathlib.Path) -> dict[str, Any]:
     model = Model(read_config(directory))
     shardings = None
     if jax.device_count() > 1:
-        mesh = partitioning.make_mesh(-1, 2)
-        shardings = partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh)
+        shardings = model.shardings(partitioning.make_mesh(-1, 2))
     files = sorted(directory.glob("*.safetensors"))
     out = directory.parent / "saved"
 

@@ -48,7 +48,7 @@ class Game:
     @property
     def shardings(self) -> Params:
         """Where parameters lie for training and scoring."""
-        return partitioning.tree_shardings(self.model.logical_axes(), self.model.abstract_params(), self.mesh)
+        return self.model.shardings(self.mesh)
 
     def brought(self) -> Params:
         """The parameters that the user brought, with new adapters (that change nothing yet) under LoRA."""
@@ -68,7 +68,8 @@ class Game:
         self.checkpoints.save_player(index, self.model.split(params)[0], score=score)
 
     def for_decoding(self, params: Params) -> tuple[Model, Params, Mesh]:
-        """The same policy for decoding: adapters merged, laid out once instead of gathered at every token.
+        """The same policy for decoding: adapters merged, in the compute dtype, laid out once instead of gathered at
+        every token.
 
         Of several processes each gets it on a mesh of its own devices, to sample without the others, unless
         `sampling.sharded_weights` or the tensor axis needs them.
@@ -76,8 +77,8 @@ class Game:
         model, params = lora.merge(self.model, params)
         if self.config.sampling.sharded_weights:
             return model, params, self.mesh
-        rules = partitioning.DECODE_RULES
-        shardings = partitioning.tree_shardings(model.logical_axes(), params, self.mesh, rules)
+        model, params = model.in_compute_dtype(params)
+        shardings = model.shardings(self.mesh, partitioning.DECODE_RULES)
         mesh = distributed.local_mesh(self.mesh)
         return model, distributed.localise(distributed.place(params, shardings), mesh), mesh
 
@@ -198,7 +199,7 @@ def set_up(config: Any, workdir: epath.Path, stop: distributed.Stop) -> Game:
     _tell_layout(model, mesh)
     base: Params = {}
     if model.lora is not None:
-        shardings = model.split(partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh))[1]
+        shardings = model.split(model.shardings(mesh))[1]
         base = load_hf(path, param_dtype=model.param_dtype, shardings=shardings)[1]
     checkpoints = Checkpoints(workdir / "checkpoints", window=config.window)
     return Game(config, workdir, model, path, base, template, task, mesh, checkpoints, ScoreTable(workdir), stop)

@@ -66,11 +66,10 @@ def by_rows(model: Model, mesh: Mesh, measure: Callable[[Model, Params, Group], 
 
     They are few numbers, and every process reads all of them.
     """
-    axes, abstract = model.logical_axes(), model.abstract_params()
-    specs, rows = partitioning.over_rows_specs(axes, abstract, mesh), partitioning.rows(mesh)
+    specs, rows = model.row_specs(mesh), partitioning.rows(mesh)
     return jax.jit(
         partitioning.over_rows(functools.partial(measure, model), mesh, (specs, rows.spec), rows.spec),
-        in_shardings=(partitioning.tree_shardings(axes, abstract, mesh), rows),
+        in_shardings=(model.shardings(mesh), rows),
         out_shardings=partitioning.replicated(mesh),
     )
 

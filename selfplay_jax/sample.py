@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     own = read_directory(options.model).get("data", {}).get("template", "auto")
     template = Template.from_tokenizer(tokenizer, options.template or own, stop_ids=model.config.stop_ids)
     texts = [template.render_prompt(prompt.messages) for prompt in prompts]
-    shardings = partitioning.tree_shardings(model.logical_axes(), params, mesh, partitioning.DECODE_RULES)
+    shardings = model.shardings(mesh, partitioning.DECODE_RULES)
     with progress("sampling", total=len(prompts) * options.samples, unit="responses") as bar:
         try:
             samples = generate(

@@ -204,13 +204,12 @@ def programs(model: Model, objective: Objective, settings: Settings, mesh: Mesh)
     def init(trained: Params) -> TrainState:
         return TrainState(trained, optimizer.init(trained), jnp.int32(0))
 
-    every = model.abstract_params()
-    abstract = jax.eval_shape(init, model.split(every)[0])
-    param_shardings, frozen = model.split(partitioning.tree_shardings(model.logical_axes(), every, mesh))
+    abstract = jax.eval_shape(init, model.split(model.abstract_params())[0])
+    param_shardings, frozen = model.split(model.shardings(mesh))
     shardings = _state_shardings(abstract, param_shardings, optimizer, mesh)
     rows = partitioning.rows(mesh)
     whole = partitioning.replicated(mesh)
-    specs = model.split(partitioning.over_rows_specs(model.logical_axes(), every, mesh))
+    specs = model.split(model.row_specs(mesh))
     gradients = partitioning.over_rows(
         functools.partial(_gradients, model, objective, settings.accumulate, specs[0]),
         mesh,

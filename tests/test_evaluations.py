@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny_models import PLAIN, loud_params, mesh_of, param_shardings, random_rows
+from tiny_models import PLAIN, loud_params, mesh_of, random_rows
 from tiny_models import reference_token_logps as reference
 
 from selfplay_jax.config import base
@@ -53,7 +53,7 @@ def made():
     config = base()
     config.sampling.max_new_tokens = 6
     config.evaluation.update(batch_size=8, samples_per_prompt=2, run="greedy,sampled:5,likelihood,wins")
-    shardings = param_shardings(model, mesh)
+    shardings = model.shardings(mesh)
     here = jax.device_put(params, shardings)
     subject = Subject(
         model, here, model, here, lambda: jax.device_put(start, shardings), Words(), mesh, config, records

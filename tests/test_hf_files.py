@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 import transformers
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny_models import mesh_of, param_shardings
+from tiny_models import mesh_of
 
 from selfplay_jax.data import builtin
 from selfplay_jax.errors import UserError
@@ -141,7 +141,7 @@ def test_one_file_is_open_at_a_time(tmp_path: pathlib.Path, monkeypatch: pytest.
 @pytest.mark.parametrize("name", ["llama_tied_rope32", "llama_bias_head_dim", "qwen2_window_from_layer"])
 def test_shards_go_into_the_training_layout(name: str, tmp_path: pathlib.Path) -> None:
     directory = _sharded(name, tmp_path / "out")
-    shardings = param_shardings(Model(read_config(directory)), mesh_of(4, 2))
+    shardings = Model(read_config(directory)).shardings(mesh_of(4, 2))
     model, params = load_hf(directory, param_dtype="bfloat16", shardings=shardings)
     assert jax.tree.all(jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, params, shardings))
     assert any(8 * leaf.addressable_shards[0].data.size == leaf.size for leaf in jax.tree.leaves(params))  # all cut

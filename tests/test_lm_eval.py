@@ -9,7 +9,7 @@ import harness_tasks as toy
 import jax
 import numpy as np
 import pytest
-from tiny_models import PLAIN, WINDOWED, loud_params, mesh_of, param_shardings, random_rows, reference_logits
+from tiny_models import PLAIN, WINDOWED, loud_params, mesh_of, random_rows, reference_logits
 
 from selfplay_jax.checkpoints import Checkpoints
 from selfplay_jax.data import builtin
@@ -60,7 +60,7 @@ def test_likelihoods_equal_float64_whatever_shares_a_context(config, shape):
         if shape != (1, 1)
         else jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tensor"))
     )
-    params = jax.device_put(host, param_shardings(model, mesh))
+    params = jax.device_put(host, model.shardings(mesh))
     reported = []
     found = likelihoods(model, params, pairs, mesh=mesh, batch_size=4, on_progress=reported.append)
     wanted = [expected(config, host, *pair) for pair in pairs]
@@ -79,7 +79,7 @@ def test_each_context_is_computed_once_with_all_its_continuations(monkeypatch):
     contexts = random_rows(rng, [20, 21, 22])
     pairs = [(context, row) for context in contexts for row in random_rows(rng, [3, 4, 5, 6])]
     mesh = mesh_of(8, 1)
-    params = jax.device_put(loud_params(model, 3), param_shardings(model, mesh))
+    params = jax.device_put(loud_params(model, 3), model.shardings(mesh))
     found = likelihoods(model, params, pairs + pairs[::-1], mesh=mesh, batch_size=8)
     (group,) = groups
     assert group.prompt.shape == (8, 24) and group.responses.shape == (8, 4, 8)

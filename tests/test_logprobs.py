@@ -13,7 +13,6 @@ from tiny_models import (
     WINDOWED,
     loud_params,
     mesh_of,
-    param_shardings,
     random_rows,
     reference_token_logps,
 )
@@ -375,7 +374,7 @@ def test_meshes_equal_one_device(shape):
     """The compiler's own way of cutting it, without `over_rows`."""
     model, params, prompts, responses = case("plain")
     group, mesh = pack(prompts, responses), mesh_of(*shape)
-    places = param_shardings(model, mesh), partitioning.rows(mesh)
+    places = model.shardings(mesh), partitioning.rows(mesh)
     scalar = partitioning.replicated(mesh)
     step = value_and_grad(model, in_shardings=places, out_shardings=((scalar, scalar), places[0]))
     placed = jax.device_put((params, group), places)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from tiny_models import PLAIN, WINDOWED, loud_params, mesh_of, param_shardings, random_rows, reference_logits
+from tiny_models import PLAIN, WINDOWED, loud_params, mesh_of, random_rows, reference_logits
 from tiny_models import reference_token_logps as reference
 from toy_training import SETTINGS, TPAW, assert_close, one_device, table
 
@@ -112,7 +112,7 @@ DATA = table(24, opponents=2, players=2)
 def test_steps_move_the_adapters_alone_and_agree_on_every_mesh(shape, objective):
     mesh = one_device() if shape == (1, 1) else mesh_of(*shape)
     model, params = adapted(PLAIN, ADAPTERS)
-    trained, frozen = model.split(jax.device_put(params, param_shardings(model, mesh)))
+    trained, frozen = model.split(jax.device_put(params, model.shardings(mesh)))
     before = jax.device_get(frozen)
     parts = programs(model, objective, SETTINGS, mesh)
     state = parts.init(trained)
@@ -139,7 +139,7 @@ def test_only_adapters_are_saved_and_a_round_resumes_from_them(tmp_path, objecti
         calls = iter(range(100))
         try:
             result = train(
-                model, jax.device_put(params, param_shardings(model, mesh)), DATA, objective, settings,
+                model, jax.device_put(params, model.shardings(mesh)), DATA, objective, settings,
                 mesh=mesh, seed=0, round_index=1, opponents_per_prompt=1, checkpoints=checkpoints,
                 directory=checkpoints._directory / "round",
                 should_stop=lambda: stop_after is not None and next(calls) >= stop_after,
@@ -155,9 +155,7 @@ def test_only_adapters_are_saved_and_a_round_resumes_from_them(tmp_path, objecti
     checkpoints = Checkpoints(tmp_path / "whole", window=3)
     trained = model.split(whole)[0]
     checkpoints.save_player(1, trained, score=None)
-    abstract = abstract_like(
-        *(model.split(tree)[0] for tree in (model.abstract_params(), param_shardings(model, mesh)))
-    )
+    abstract = abstract_like(*(model.split(tree)[0] for tree in (model.abstract_params(), model.shardings(mesh))))
     assert_close(jax.device_get(checkpoints.load_player(1, abstract)), trained, rtol=0)
     checkpoints.close()
 

@@ -102,6 +102,8 @@ def test_a_host_samples_on_its_own_mesh() -> None:
     assert alone.holds["parameters"] == together.holds["parameters"]  # whole columns, cut over tensor alone
     assert alone.holds["cache"] == 2 * together.holds["cache"]
     assert alone.beside == together.beside
+    config.model.compute_dtype = "bfloat16"  # the copy for decoding is cast
+    assert programs.build(config, PLAIN, whole, "decode").holds["parameters"] == together.holds["parameters"] / 2
 
 
 def test_what_a_game_runs() -> None:

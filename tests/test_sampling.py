@@ -1,10 +1,13 @@
 """Sampling: the filters against NumPy, and the slots against what each prompt must give by itself."""
 
+import dataclasses
 import functools
 import importlib
+import types
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from tiny_models import (
@@ -13,13 +16,13 @@ from tiny_models import (
     WINDOWED,
     loud_params,
     mesh_of,
-    param_shardings,
     random_rows,
     reference_logits,
     reference_token_logps,
 )
 
 from selfplay_jax import partitioning
+from selfplay_jax.game import Game
 from selfplay_jax.groups import pack
 from selfplay_jax.logprobs import response_logps
 from selfplay_jax.models.decoder import Model
@@ -365,7 +368,7 @@ def test_no_prompts():
 def test_meshes_equal_one_device(base, shape, rules):
     """Two key/value heads on four tensor devices: there the cache is cut over its columns."""
     mesh = mesh_of(*shape)
-    params = jax.device_put(weights(MODEL), param_shardings(MODEL, mesh, getattr(partitioning, rules)))
+    params = jax.device_put(weights(MODEL), MODEL.shardings(mesh, getattr(partitioning, rules)))
     # Prompts of one bucket, and equal shapes greedy or not: fewer programs to compile.
     ids = [i for i, prompt in enumerate(PROMPTS) if len(prompt) > 8]
     prompts = [PROMPTS[i] for i in ids]
@@ -376,6 +379,24 @@ def test_meshes_equal_one_device(base, shape, rules):
     greedy = generate(MODEL, params, prompts, seed=5, temperature=0, **settings)
     assert_greedy(MODEL, prompts, greedy)
     assert len({token for tokens in greedy.tokens for token in tokens}) > VOCAB // 4
+
+
+def test_a_game_decodes_with_weights_as_they_are_used():
+    """Half the memory, and nothing else: every weight is rounded to bfloat16 where it is used anyway."""
+    mesh, model = mesh_of(4, 2), dataclasses.replace(MODEL, compute_dtype="bfloat16")
+    config = ml_collections.ConfigDict({"sampling": {"sharded_weights": True}})
+    game = types.SimpleNamespace(model=model, mesh=mesh, config=config)
+    stored = jax.device_put(weights(MODEL), model.shardings(mesh))
+    assert Game.for_decoding(game, stored)[1] is stored
+    config.sampling.sharded_weights = False
+    used, params, there = Game.for_decoding(game, stored)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {used.param_dtype} == {"bfloat16"}
+    found, wanted = (
+        generate(*both, PROMPTS[:8], seed=5, stop_ids=STOPS, slots=4, max_new_tokens=NEW, mesh=there)
+        for both in [(used, params), (model, jax.device_put(stored, model.shardings(mesh, partitioning.DECODE_RULES)))]
+    )
+    assert found.tokens == wanted.tokens
+    np.testing.assert_array_equal(found.logps, wanted.logps)
 
 
 # --- stop_when: ends that the host sees

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import PLAIN, mesh_of, param_shardings
+from tiny_models import PLAIN, mesh_of
 from toy_training import SETTINGS, spin
 
 from selfplay_jax import partitioning
@@ -186,7 +186,7 @@ def test_decoding_moves_neither_weights_nor_the_cache(shape):
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         model.abstract_params(),
-        param_shardings(model, mesh, partitioning.DECODE_RULES),
+        model.shardings(mesh, partitioning.DECODE_RULES),
     )
     local = LAYERS * slots // shape[0] * 2 * columns * 6 // shape[1]  # a device's part of the cache's keys
     with partitioning.use_mesh(mesh):

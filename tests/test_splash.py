@@ -15,7 +15,6 @@ from tiny_models import (
     PLAIN,
     loud_params,
     mesh_of,
-    param_shardings,
     random_rows,
     reference_logits,
     reference_token_logps,
@@ -258,7 +257,7 @@ def test_sampling_goes_on_from_what_the_kernel_left():
     """Long prompts, on a mesh: the prefill runs the kernel, the decoding after it does not."""
     model, params, *_ = case("grouped")
     mesh = mesh_of(4, 2)
-    params = jax.device_put(params, param_shardings(model, mesh))
+    params = jax.device_put(params, model.shardings(mesh))
     prompts = random_rows(np.random.default_rng(3), [130, 192, 150, 1, 80, 128])
 
     def sampled(model):
@@ -332,7 +331,7 @@ def gradients(model, mesh, places, manual):
     step = jax.value_and_grad(weighted_sum(model), has_aux=True)
     scalar, rows = partitioning.replicated(mesh), places[1]
     if manual:
-        specs = partitioning.over_rows_specs(model.logical_axes(), model.abstract_params(), mesh)
+        specs = model.row_specs(mesh)
 
         def own_rows(params, group):
             (_, logps), grads = jax.value_and_grad(weighted_sum(model), has_aux=True)(params, group)
@@ -357,7 +356,7 @@ MESHES = [
 def test_meshes_equal_one_device(name, sizes, manual):
     model, params, *_ = case(name)
     group, mesh = group_of(name), mesh_of(*sizes)
-    places = param_shardings(model, mesh), partitioning.rows(mesh)
+    places = model.shardings(mesh), partitioning.rows(mesh)
     with partitioning.use_mesh(mesh):
         (_, logps), grads = gradients(interpreted(model), mesh, places, manual)(
             *jax.device_put((params, group), places)
@@ -371,7 +370,6 @@ def test_meshes_equal_one_device(name, sizes, manual):
 COMPILE = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from tiny_models import param_shardings
 from selfplay_jax import partitioning
 from selfplay_jax.groups import Group
 from selfplay_jax.logprobs import response_logps
@@ -385,7 +383,7 @@ model = Model(
     ModelConfig("llama", 1024, 512, 1024, 2, 4, 2, 128), compute_dtype="bfloat16", remat="dots", attention=attention
 )
 abstract, rows = model.abstract_params(), partitioning.rows(mesh)
-places, specs = param_shardings(model, mesh), partitioning.over_rows_specs(model.logical_axes(), abstract, mesh)
+places, specs = model.shardings(mesh), model.row_specs(mesh)
 
 def gradient(params, group):
     grads = jax.grad(lambda params: jnp.sum(response_logps(model, params, group)))(params)

@@ -117,8 +117,3 @@ def mesh_of(*sizes: int) -> Mesh:
     """A mesh over the eight simulated devices: (fsdp, tensor) or (replica, fsdp, tensor)."""
     *replica, fsdp, tensor = sizes
     return partitioning.make_mesh(fsdp, tensor, replica=replica[0] if replica else 1)
-
-
-def param_shardings(model: Model, mesh: Mesh, rules: partitioning.Rules = partitioning.RULES) -> Any:
-    """Where the parameters live on a mesh."""
-    return partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh, rules)

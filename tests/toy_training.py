@@ -4,7 +4,7 @@ import functools
 
 import jax
 import numpy as np
-from tiny_models import PLAIN, VOCAB, loud_params, param_shardings, random_rows
+from tiny_models import PLAIN, VOCAB, loud_params, random_rows
 
 from selfplay_jax import partitioning
 from selfplay_jax.methods import Objective, plan
@@ -37,7 +37,7 @@ def one_device() -> jax.sharding.Mesh:
 
 def fresh_params(mesh: jax.sharding.Mesh | None = None, seed: int = 0, model: Model = MODEL):
     """The model's parameters as new arrays: a training step takes (donates) those that it is given."""
-    return jax.device_put(loud_params(model, seed), param_shardings(model, mesh or one_device()))
+    return jax.device_put(loud_params(model, seed), model.shardings(mesh or one_device()))
 
 
 @functools.cache

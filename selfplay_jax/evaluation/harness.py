@@ -78,8 +78,7 @@ class HarnessLM(TemplateLM):
         self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
         self.max_length = max_length or model.config.max_position_embeddings
         self._mesh = mesh or partitioning.make_mesh(1, 1, jax.devices()[:1])
-        shardings = partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), self._mesh)
-        self._model, self._params = model, jax.device_put(params, shardings)
+        self._model, self._params = model, jax.device_put(params, model.shardings(self._mesh))
         self._decode_params = self._params if decode_params is None else decode_params
         self._decode_mesh = decode_mesh or self._mesh
         self._add_bos, self._prefix, self._seed = add_bos_token, prefix_token_id, seed

@@ -118,7 +118,7 @@ def _model(options: argparse.Namespace) -> tuple[Any, contextlib.AbstractContext
     model, params, source = load_model(options.model, player=options.player, dtype=options.dtype, mesh=mesh)
     tokenizer = load_tokenizer(source)
     check_vocabulary(tokenizer, model.config.vocab_size)
-    shardings = partitioning.tree_shardings(model.logical_axes(), params, mesh, partitioning.DECODE_RULES)
+    shardings = model.shardings(mesh, partitioning.DECODE_RULES)
     lm = HarnessLM(
         model,
         params,

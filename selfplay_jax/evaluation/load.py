@@ -47,7 +47,7 @@ def load_model(
     dtype = dtype or (own if own in _DTYPES else "float32")
     attention = splash.resolve("auto", partitioning.platform(mesh))
     model = Model(read_config(path), compute_dtype=dtype, param_dtype=dtype, attention=attention)
-    _, params = load_hf(path, param_dtype=dtype, shardings=_shardings(model, mesh))
+    _, params = load_hf(path, param_dtype=dtype, shardings=model.shardings(mesh))
     return model, params, str(directory if directory.is_dir() else path)
 
 
@@ -68,10 +68,6 @@ def read_directory(path: str | pathlib.Path) -> dict[str, Any]:
     if directory.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         raise UserError(f"there is no directory {directory}")
     return {}
-
-
-def _shardings(model: Model, mesh: Mesh) -> Any:
-    return partitioning.tree_shardings(model.logical_axes(), model.abstract_params(), mesh)
 
 
 def _load_player(
@@ -99,7 +95,7 @@ def _load_player(
 
 def _restore(checkpoints: Checkpoints, index: int, model: Model, source: str, mesh: Mesh) -> Params:
     """θ_index; of a run with LoRA its adapters joined with the base that the run began with."""
-    trained, frozen = model.split(_shardings(model, mesh))
+    trained, frozen = model.split(model.shardings(mesh))
     saved = checkpoints.load_player(index, abstract_like(model.split(model.abstract_params())[0], trained))
     base = load_hf(source, param_dtype=model.param_dtype, shardings=frozen)[1] if frozen else {}
     return model.join(saved, base)

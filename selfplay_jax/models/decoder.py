@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from selfplay_jax import partitioning
 from selfplay_jax.models import attention, lora, splash
 from selfplay_jax.models.config import Lora, ModelConfig
 from selfplay_jax.models.modules import REMAT_POLICIES, Block, Decoder
@@ -209,6 +211,14 @@ class Model:
         )
         return nnx.to_pure_dict(axes)
 
+    def shardings(self, mesh: Mesh, rules: partitioning.Rules = partitioning.RULES) -> Params:
+        """Where the parameters lie on `mesh` by `rules`: for training and scoring by default."""
+        return partitioning.tree_shardings(self.logical_axes(), self.abstract_params(), mesh, rules)
+
+    def row_specs(self, mesh: Mesh, rules: partitioning.Rules = partitioning.RULES) -> Params:
+        """How parameters that lie by `rules` enter `partitioning.over_rows`."""
+        return partitioning.over_rows_specs(self.logical_axes(), self.abstract_params(), mesh, rules)
+
     def split(self, tree: Params) -> tuple[Params, Params]:
         """A tree like the parameters as (what is trained, what is frozen): (everything, {}) without LoRA."""
         return (tree, {}) if self.lora is None else lora.split(tree)
@@ -216,6 +226,13 @@ class Model:
     def join(self, trained: Params, frozen: Params) -> Params:
         """Undoes `split`."""
         return lora.join(trained, frozen)
+
+    def in_compute_dtype(self, params: Params) -> tuple["Model", Params]:
+        """The same model with its weights stored as they are used, for reading alone: equal results, less memory."""
+        if self.param_dtype == self.compute_dtype:
+            return self, params
+        model = dataclasses.replace(self, param_dtype=self.compute_dtype)
+        return model, _cast(jnp.dtype(self.compute_dtype), params)
 
     def bind(self, params: Params) -> Decoder:
         """The Flax module with `params` inside; use it within one jitted function."""
@@ -229,3 +246,8 @@ class Model:
         decoder = self.bind(params)
         hidden, _ = causal_rows(decoder, tokens, lengths)
         return jnp.matmul(hidden, decoder.output_matrix(), preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cast(dtype: Any, tree: Params) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)

@@ -194,6 +194,8 @@ def _sampling(config: Any, model: Model, trained: Mesh, mesh: Mesh) -> tuple[Any
     settings = config.sampling
     slots, width, columns = slot_sizes(settings.slots, config.data.max_prompt_tokens, settings.max_new_tokens, mesh)
     plain = dataclasses.replace(model, lora=None)
+    if not settings.sharded_weights:
+        plain = dataclasses.replace(plain, param_dtype=model.compute_dtype)
     rules = "RULES" if settings.sharded_weights else "DECODE_RULES"
     params = _params(plain, mesh, getattr(partitioning, rules))
     choose = SamplingFilter(settings.temperature, settings.top_k, settings.top_p)
@@ -263,8 +265,7 @@ def _batch(of: Sizes, rows: int, mesh: Mesh) -> Batch:
 
 
 def _params(model: Model, mesh: Mesh, rules: partitioning.Rules) -> Any:
-    abstract = model.abstract_params()
-    return abstract_like(abstract, partitioning.tree_shardings(model.logical_axes(), abstract, mesh, rules))
+    return abstract_like(model.abstract_params(), model.shardings(mesh, rules))
 
 
 def _bare(model: Model) -> Model:

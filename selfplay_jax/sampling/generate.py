@@ -63,9 +63,10 @@ def _slot_shardings(state: device.Slots, mesh: Mesh) -> Any:
 def _fill(model: Model, state: device.Slots, mesh: Mesh, rules: partitioning.Rules) -> Callable[..., device.Slots]:
     """`slots.fill` where each device prefills the prompts of its own slots: no keys and values travel."""
     specs = partitioning.over_rows_specs(_slot_axes(state), state, mesh)
-    params = partitioning.over_rows_specs(model.logical_axes(), model.abstract_params(), mesh, rules)
     fill = functools.partial(device.fill, model)
-    return partitioning.over_rows(fill, mesh, (params, specs, partitioning.rows(mesh).spec), specs)
+    return partitioning.over_rows(
+        fill, mesh, (model.row_specs(mesh, rules), specs, partitioning.rows(mesh).spec), specs
+    )
 
 
 def _rules(params: Params) -> str:
