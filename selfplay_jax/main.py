@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a user's error (one sentence on stderr), 70 an unexpected 
 signal; 76 another process of the job died. After 75 and 76 the same command goes on.
 """
 
+import contextlib
 import logging as standard_logging
 import os
 import pathlib
@@ -98,18 +99,23 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
 
 
 class Signals:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop at the next safe point; a second Ctrl-C ends at once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a wish to stop at a safe point; a second Ctrl-C ends at once.
+
+    A host that shuts down sends SIGHUP right after SIGTERM to what was started over ssh; under nohup it stays ignored.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        os.write(2, b"\nstopping at the next safe point; the same command will go on from there\n")
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            os.write(2, b"\nstopping at the next safe point; the same command will go on from there\n")
 
 
 def _use_compilation_cache(folder: str) -> None:

@@ -31,10 +31,18 @@ def presets(file: pathlib.Path) -> list[str]:
 @pytest.fixture
 def signals():
     """Puts back the signal handlers that main.main takes over."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_hangup_asks_to_stop_but_under_nohup(signals, before):
+    signal.signal(signal.SIGHUP, before)
+    wish = main.Signals()
+    signal.raise_signal(signal.SIGHUP)
+    assert wish.asked == (before == signal.SIG_DFL)
 
 
 def test_there_is_a_config_for_every_method():

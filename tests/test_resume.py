@@ -110,8 +110,9 @@ def test_killed_at_random_it_ends_with_the_same_parameters(tmp_path, environment
     assert_same_run(workdir, uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_75(tmp_path, environment, uninterrupted, number):
+# systemd sends the pair when a host shuts down.
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGHUP), (signal.SIGINT,)], ids=str)
+def test_a_signal_saves_and_exits_75(tmp_path, environment, uninterrupted, numbers):
     whole = uninterrupted
     workdir = tmp_path / "run"
     process = subprocess.Popen(
@@ -122,7 +123,8 @@ def test_a_signal_saves_and_exits_75(tmp_path, environment, uninterrupted, numbe
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    process.send_signal(number)
+    for number in numbers:
+        process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     assert "run the same command" in errors
