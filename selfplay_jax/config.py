@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from selfplay_jax.errors import UserError
 
-# Fields that may change between a run and its continuation without changing any number it computes.
+# Fields that may change between a run and its continuation: the numbers stay the same, but for rounding.
 FREE_FIELDS = (
     "workdir",
     "rounds",
@@ -24,11 +24,19 @@ FREE_FIELDS = (
     "compilation_cache",
     "data.cache",
     "train.checkpoint_every",
-    "evaluation.batch_size",
-    # Other devices or another layout of them: the same numbers but for rounding.
+    # What makes a run fit other devices: their layout, and the size of what is computed at a time.
     "mesh.replica",
     "mesh.fsdp",
     "mesh.tensor",
+    "model.attention",
+    "model.logits_chunk",
+    "model.remat",
+    "train.accumulate",
+    "sampling.slots",
+    "sampling.chunk",
+    "sampling.sharded_weights",
+    "scoring.batch_size",
+    "evaluation.batch_size",
 )
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from selfplay_jax import config as configs
-from selfplay_jax import distributed, evaluation, metrics, partitioning
+from selfplay_jax import distributed, evaluation, layout, metrics, partitioning
 from selfplay_jax.checkpoints import Checkpoints, abstract_like
 from selfplay_jax.data import builtin, tasks
 from selfplay_jax.data.templates import Template, check_vocabulary, load_tokenizer
@@ -196,23 +196,14 @@ def set_up(config: Any, workdir: epath.Path, stop: distributed.Stop) -> Game:
         )
     evaluation.check(config.evaluation.run, config.evaluation.lm_eval_path)
     _tell(config, model, template, task)
-    _tell_layout(model, mesh)
+    for note in layout.notes(config, model, mesh):
+        say(f"note: {note}")
     base: Params = {}
     if model.lora is not None:
         shardings = model.split(model.shardings(mesh))[1]
         base = load_hf(path, param_dtype=model.param_dtype, shardings=shardings)[1]
     checkpoints = Checkpoints(workdir / "checkpoints", window=config.window)
     return Game(config, workdir, model, path, base, template, task, mesh, checkpoints, ScoreTable(workdir), stop)
-
-
-def _tell_layout(model: Model, mesh: Mesh) -> None:
-    uncut = partitioning.undivided(model.logical_axes(), model.abstract_params(), mesh)
-    for name, (size, axis, pieces) in uncut.items():
-        good = ", ".join(str(n) for n in range(2, mesh.size + 1) if size % n == 0 and mesh.size % n == 0)
-        say(
-            f"note: mesh.{axis}={pieces} does not divide the model's {name} ({size}): those parameters stay whole on "
-            f"every device of that axis; {good or 'no other size here'} would cut them"
-        )
 
 
 def _load_task(config: Any, workdir: epath.Path, template: Template) -> tasks.Task:

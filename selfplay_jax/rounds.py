@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from selfplay_jax import distributed, metrics
 from selfplay_jax.errors import UserError
 from selfplay_jax.groups import REJECTED, TARGET
 
+_PART = re.compile(r"part_(\d+)_(\d+)\.parquet")
 _SCHEMA = pa.schema(
     [
         ("id", pa.int64()),
@@ -94,14 +96,20 @@ class RoundFiles:
 
     # Responses: parts while they are sampled, one file at the end.
 
-    def responses_path(self, part: int | None = None) -> epath.Path:
-        """Where the responses lie, or one part of them while sampling is under way."""
+    def responses_path(self, part: slice | None = None) -> epath.Path:
+        """Where the responses lie, or those to a part of the prompts while sampling is under way."""
         if part is None:
             return self.directory / "responses.parquet"
-        return self.directory / "responses" / f"part_{part:05d}.parquet"
+        return self.directory / "responses" / f"part_{part.start:08d}_{part.stop:08d}.parquet"
+
+    def parts(self) -> list[slice]:
+        """The parts that lie there, in order."""
+        folder = self.directory / "responses"
+        found = [_PART.fullmatch(path.name) for path in folder.iterdir()] if folder.exists() else []
+        return sorted((slice(int(m[1]), int(m[2])) for m in found if m), key=lambda part: part.start)
 
     def save_responses(
-        self, responses: Responses, records: Sequence[Any], texts: Sequence[str], part: int | None = None
+        self, responses: Responses, records: Sequence[Any], texts: Sequence[str], part: slice | None = None
     ) -> None:
         """Writes responses to `records` (which name id and prompt_text); `texts` are the responses for people."""
         count = responses.finished.shape[1]
@@ -118,7 +126,7 @@ class RoundFiles:
         pq.write_table(pa.table(rows, schema=_SCHEMA), buffer)
         write_bytes(self.responses_path(part), buffer.getvalue())
 
-    def load_responses(self, ids: Sequence[int], part: int | None = None) -> Responses:
+    def load_responses(self, ids: Sequence[int], part: slice | None = None) -> Responses:
         """Reads responses back.
 
         Raises:
@@ -127,12 +135,12 @@ class RoundFiles:
         wait_for(self.responses_path(part))
         return _read_responses(self.responses_path(part), ids)
 
-    def join_parts(self, count: int) -> None:
-        """Makes responses.parquet of `count` parts, then drops them."""
+    def join_parts(self, parts: Sequence[slice]) -> None:
+        """Makes responses.parquet of `parts`, which follow on each other, then drops them."""
 
         def join() -> None:
             tables = []
-            for part in range(count):
+            for part in parts:
                 wait_for(self.responses_path(part))
                 tables.append(pq.read_table(io.BytesIO(self.responses_path(part).read_bytes())))
             buffer = io.BytesIO()
@@ -217,6 +225,12 @@ def write_array(path: epath.Path, array: np.ndarray) -> None:
 def read_array(path: epath.Path) -> np.ndarray:
     """Reads a .npy file."""
     return np.load(io.BytesIO(path.read_bytes()))
+
+
+def gaps(count: int, parts: Sequence[slice]) -> list[slice]:
+    """What of `count` rows is in none of `parts`, which are in order."""
+    starts, stops = [0, *(part.stop for part in parts)], [*(part.start for part in parts), count]
+    return [slice(start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop]
 
 
 def chunks(count: int, size: int) -> Iterator[tuple[int, slice]]:

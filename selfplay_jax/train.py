@@ -13,7 +13,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from selfplay_jax import distributed, partitioning
+from selfplay_jax import distributed, layout, partitioning
 from selfplay_jax import metrics as metrics_files
 from selfplay_jax.checkpoints import Checkpoints, abstract_like
 from selfplay_jax.errors import Stopped, UserError
@@ -255,8 +255,7 @@ def train(
     steps = schedule(len(table.prompts), settings.batch_size, settings.epochs, seed=seed, round_index=round_index)
     rates = settings.learning_rates(len(steps))
     parts = programs(model, objective, settings, mesh)
-    shards = partitioning.data_shards(mesh) * settings.accumulate
-    size = -(-settings.batch_size // shards) * shards
+    size = layout.filled(settings.batch_size, mesh, settings.accumulate)
     base = (round_index + 1) * STRIDE
 
     saved = checkpoints.state_step()

@@ -56,6 +56,15 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+# Their fixtures play whole games. Run first they stay with one worker: the others steal what stands at its end.
+_FIRST = ("test_distributed", "test_resume", "test_variants", "test_notebooks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the modules with the most expensive fixtures first."""
+    items.sort(key=lambda item: item.path.stem not in _FIRST)
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """The folder of third-party data and models beside the checkout; skips the test where there is none."""

@@ -170,7 +170,7 @@ def test_the_same_config_is_no_difference(tmp_path):
         ("loss.lam=0.25", "config.loss.lam is 5.0 there and 0.25 here"),
         ("seed=3", "config.seed is 0 there and 3 here"),
         ("train.optimizer=rmsprop", "config.train.optimizer is 'adamw' there and 'rmsprop' here"),
-        ("sampling.sharded_weights=true", "config.sampling.sharded_weights is False there and True here"),
+        ("loss.mix_previous=false", "config.loss.mix_previous is True there and False here"),
     ],
 )
 def test_difference_names_the_field_and_both_values(override, says, tmp_path):
@@ -194,7 +194,8 @@ def test_free_fields_may_differ(tmp_path):
         section = new
         for key in sections:
             section = section[key]
-        section[field] = f"{leaves[name]}x" if isinstance(leaves[name], str) else leaves[name] + 1
+        value = leaves[name]
+        section[field] = f"{value}x" if isinstance(value, str) else not value if isinstance(value, bool) else value + 1
     assert difference(recorded(old, tmp_path), new) is None
     assert {"rounds", "workdir", "train.checkpoint_every"} <= set(configs.FREE_FIELDS)
 

@@ -33,7 +33,7 @@ def execute(name, folder, **environment):
             **os.environ,
             "PYTHONPATH": str(NOTEBOOKS.parent),
             "IPYTHONDIR": str(folder / ".ipython"),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
             **environment,
         }
     )

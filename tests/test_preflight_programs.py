@@ -141,6 +141,10 @@ def test_flops_against_a_hand_count(mesh: tuple[int, int, int]) -> None:
     assert train.model_flops() == 3 * by_hand  # backward: two products for each of the forward pass's
     assert 3.9 * by_hand < programs.count(train.jitted, train.arguments, devices).total <= 4 * by_hand
     assert train.tokens == 16 * (16 + 4 * 32)
+    config.train.batch_size = 12  # four rows of filler are computed and do not count
+    filled = programs.build(config, PLAIN, devices, "train")
+    assert filled.arguments[2].real.shape == (16,)
+    assert (filled.model_flops(), filled.tokens) == (train.model_flops() * 12 / 16, train.tokens * 12 / 16)
 
 
 def test_flops_against_xlas_count_of_an_unrolled_model() -> None:

@@ -2,16 +2,23 @@
 
 import dataclasses
 import errno
+import importlib
 import pathlib
+import types
 
+import ml_collections
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from selfplay_jax import rounds
-from selfplay_jax.errors import UserError
+from selfplay_jax.errors import Stopped, UserError
 from selfplay_jax.groups import TARGET
-from selfplay_jax.rounds import Responses, RoundFiles, chunks, read_array, source_name, write_array, write_bytes
+from selfplay_jax.rounds import Responses, RoundFiles, chunks, gaps, read_array, source_name, write_array, write_bytes
+from selfplay_jax.sampling.generate import Samples
+from selfplay_jax.sampling.rollout import cut
+
+rollouts = importlib.import_module("selfplay_jax.sampling.rollout")
 
 
 @dataclasses.dataclass
@@ -63,12 +70,14 @@ def test_lengths_and_join():
 
 def test_parts_join_into_one_file(tmp_path):
     files, whole = RoundFiles(tmp_path, 0), some_responses()
-    for number, rows in chunks(3, 2):
+    assert files.parts() == []
+    for rows in (slice(1, 3), slice(0, 1)):
         text = TEXTS[2 * rows.start : 2 * rows.stop]
-        files.save_responses(part(whole, rows), RECORDS[rows], text, part=number)
-    assert_same(files.load_responses(IDS[2:], part=1), part(whole, slice(2, 3)))
+        files.save_responses(part(whole, rows), RECORDS[rows], text, part=rows)
+    assert_same(files.load_responses(IDS[1:], part=slice(1, 3)), part(whole, slice(1, 3)))
     assert not files.responses_path().exists()
-    files.join_parts(2)
+    assert files.parts() == [slice(0, 1), slice(1, 3)]
+    files.join_parts(files.parts())
     assert_same(files.load_responses(IDS), whole)
     assert not (files.directory / "responses").exists()
 
@@ -162,3 +171,71 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
 )
 def test_chunks(count, size, expected):
     assert list(chunks(count, size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "there", "expected"),
+    [
+        (5, [], [slice(0, 5)]),
+        (9, [slice(0, 2), slice(2, 3), slice(5, 8)], [slice(3, 5), slice(8, 9)]),
+        (3, [slice(0, 3)], []),
+    ],
+)
+def test_gaps(count, there, expected):
+    assert gaps(count, there) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "processes", "sizes"),
+    [
+        ([slice(0, 1200)], 512, 1, [400, 400, 400]),
+        ([slice(0, 7273)], 512, 64, [114] * 63 + [91]),  # GSM8K on v5litepod-256: no host waits
+        ([slice(0, 7273)], 512, 8, [455] * 15 + [448]),
+        ([slice(3, 5), slice(8, 11)], 512, 4, [2, 2, 1]),
+        ([slice(0, 3)], 512, 8, [1, 1, 1]),
+        ([], 512, 8, []),
+    ],
+)
+def test_parts_are_shared_evenly(rows, most, processes, sizes):
+    parts = cut(rows, most, processes)
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [i for part in parts for i in range(part.start, part.stop)] == [
+        i for part in rows for i in range(part.start, part.stop)
+    ]
+
+
+def test_a_stopped_rollout_goes_on_in_other_parts(tmp_path, monkeypatch):
+    records = [types.SimpleNamespace(id=7 * i, prompt=[i] * 3, prompt_text=str(i)) for i in range(10)]
+    template = types.SimpleNamespace(stop_ids=(1,), decode=str)
+    sampled = []
+
+    def generate(model, params, prompts, *, prompt_ids, samples_per_prompt, on_progress, **settings):
+        sampled.extend(prompt_ids)
+        on_progress(len(prompts) * samples_per_prompt)
+        tokens = [[number, sample] for number in prompt_ids for sample in range(samples_per_prompt)]
+        count = len(tokens)
+        return Samples(tokens, np.full(count, 2), np.ones(count, bool), np.zeros(count, np.float32))
+
+    monkeypatch.setattr(rollouts, "generate", generate)
+    files = RoundFiles(tmp_path, 0)
+
+    def play(chunk, check_stop=lambda: None):
+        settings = ml_collections.ConfigDict(
+            {"chunk": chunk, "slots": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 2}
+        )
+        return rollouts.rollout(
+            None, None, records, files, template, settings,
+            samples_per_prompt=2, seed=0, mesh=None, check_stop=check_stop,
+        )  # fmt: skip
+
+    def stop():
+        if len(sampled) == 9:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        play(3, stop)
+    assert files.parts() == [slice(0, 3), slice(3, 6)]
+    responses = play(2)
+    assert sampled == [7 * i for i in [*range(9), *range(6, 10)]]
+    assert responses.tokens == [[[record.id, 0], [record.id, 1]] for record in records]
+    assert play(5).tokens == responses.tokens and len(sampled) == 13

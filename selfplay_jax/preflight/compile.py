@@ -26,7 +26,7 @@ class Outcome:
     """What compiling one program said, sizes in bytes per device; the fields before `seconds`: see `programs.Program`.
 
     memory: arguments, outputs that reuse no argument, temporaries and the program itself, as the compiler laid them
-    out; empty where it gave up. needed: what it said it needed when that was too much. uncut: what the mesh does not
+    out; empty where it gave up. needed: what it said it needed when that was too much. notes: what the mesh does not
     divide, in words. once, repeated: see `hlo.read`; None where the compiled program could not be read, and `message`
     has the last words.
     """
@@ -39,7 +39,7 @@ class Outcome:
     tokens: int = 0
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
     copies: int = 1
-    uncut: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     holds: dict[str, float] = dataclasses.field(default_factory=dict)
     beside: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from selfplay_jax import config as configs
-from selfplay_jax import methods, partitioning, scoring, train
+from selfplay_jax import layout, methods, partitioning, scoring, train
 from selfplay_jax.checkpoints import abstract_like
 from selfplay_jax.errors import UserError
 from selfplay_jax.groups import TARGET, Group, bucket
@@ -32,9 +32,9 @@ class Program:
 
     holds: bytes per device of the arguments, by what they are. beside: bytes per device that lie in memory at the same
     time without being arguments. mesh: where it runs; copies: how many such run beside each other, each on devices of
-    its own (sampling, a host each). rows: prompts or slots of one run. tokens: token positions that one run computes,
-    padding included (one step of decoding: one per slot). model_flops: matrix products that the mathematics asks for,
-    all devices together, without what is computed again to save memory.
+    its own (sampling, a host each). rows: prompts or slots of one run. tokens: their token positions, padding included
+    (one step of decoding: one per slot). model_flops: matrix products that the mathematics asks for, all devices
+    together, without what is computed again to save memory or for rows that only fill a batch up.
     """
 
     name: str
@@ -146,10 +146,9 @@ def samples_alone(config: Any, mesh: Mesh) -> bool:
 def _train(config: Any, model: Model, mesh: Mesh) -> Program:
     settings = train.Settings(**config.train.to_dict())
     plan = methods.plan(config.method, config.loss, round_index=steady_round(config), window=config.window)
-    shards = partitioning.data_shards(mesh) * settings.accumulate
-    rows = math.ceil(settings.batch_size / shards) * shards
-    of = sizes(config)
-    batch = _batch(of, rows, mesh)
+    rows, of = settings.batch_size, sizes(config)
+    filled = layout.filled(rows, mesh, settings.accumulate)
+    batch = _batch(of, filled, mesh)
     _, frozen = model.split(_params(model, mesh, partitioning.RULES))
 
     def arguments(parts: train.Programs) -> tuple[Any, ...]:
@@ -159,8 +158,8 @@ def _train(config: Any, model: Model, mesh: Mesh) -> Program:
         bare = _bare(model)
         step = train.programs(bare, plan.objective, settings, mesh)
         # The backward pass computes each chunk's logits again, whatever `remat` says.
-        again = 2.0 * rows * of.columns * of.response * model.config.hidden_size * model.config.vocab_size
-        return count(step.step, arguments(step), mesh).total - again
+        again = 2.0 * filled * of.columns * of.response * model.config.hidden_size * model.config.vocab_size
+        return (count(step.step, arguments(step), mesh).total - again) * rows / filled
 
     parts = train.programs(model, plan.objective, settings, mesh)
     holds = {

@@ -156,7 +156,7 @@ def _footnotes(result: Result) -> list[str]:
         notes.append(
             f"sampling: each of the {copies} hosts samples its own prompts, in sampling.slots slots of its own"
         )
-    notes += next((outcome.uncut for outcome in result.outcomes if outcome.uncut), [])
+    notes += next((outcome.notes for outcome in result.outcomes if outcome.notes), [])
     if any(outcome.pallas_flops for outcome in result.outcomes):
         notes.append("attention kernels (Pallas) have no estimate: their whole grid is counted at the peak rate")
     if not all((took := speed(o, result.slice)) is None or took.estimated for o in result.outcomes):

@@ -64,11 +64,12 @@ def prompts(config: Any, said: int | None) -> int | None:
     """Prompts of a round: what --examples said, else what the config or the source's published size says."""
     if said is not None:
         return said
-    held_back = config.data.validation_examples
+    if config.data.examples:  # those of training: what is held back comes on top
+        return config.data.examples
     if config.data.source == "builtin":
-        return config.data.examples or 100
-    total = config.data.examples or _EXAMPLES.get(config.data.source, 0)
-    return total - held_back if total > held_back else None
+        return 100
+    left = _EXAMPLES.get(config.data.source, 0) - config.data.validation_examples
+    return left if left > 0 else None
 
 
 @dataclasses.dataclass(frozen=True)

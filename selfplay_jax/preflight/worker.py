@@ -11,12 +11,11 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from selfplay_jax import partitioning
+from selfplay_jax import layout, partitioning
 from selfplay_jax.errors import UserError
-from selfplay_jax.models import Model, ModelConfig, RopeScaling
+from selfplay_jax.models import ModelConfig, RopeScaling
 from selfplay_jax.preflight import hlo, programs, topologies
 
 _MOST_TEXT = 2000  # characters kept of a compiler's message
@@ -44,24 +43,24 @@ def main() -> int:
     host = None
     if programs.samples_alone(config, mesh):
         host = partitioning.make_mesh(-1, mesh.shape["tensor"], topologies.devices(wanted.one_host))
-    uncut = _uncut(programs.make_model(config, shape), mesh)
+    notes = layout.notes(config, programs.make_model(config, shape), mesh)
     for name in request["programs"]:
         tell(name, "started")
         program = programs.build(config, shape, mesh, name, host)
         slices = wanted.slices if program.copies == 1 else 1
         with jax.default_matmul_precision(precision):
-            _compile(program, slices, uncut, f"{request['folder']}/{name}", tell)
+            _compile(program, slices, notes, f"{request['folder']}/{name}", tell)
     return 0
 
 
-def _compile(program: programs.Program, slices: int, uncut: list[str], folder: str, tell: Any) -> None:
+def _compile(program: programs.Program, slices: int, notes: list[str], folder: str, tell: Any) -> None:
     mesh = program.mesh
     counted = programs.count(program.jitted, program.arguments, mesh)
     tell(
         program.name, "traced",
         flops=counted.total, pallas_flops=counted.pallas, model_flops=program.model_flops(),
         holds=program.holds, beside=program.beside, rows=program.rows, tokens=program.tokens,
-        mesh=dict(mesh.shape), copies=program.copies, uncut=uncut,
+        mesh=dict(mesh.shape), copies=program.copies, notes=notes,
     )  # fmt: skip
     began = time.perf_counter()
     try:
@@ -86,14 +85,6 @@ def _compile(program: programs.Program, slices: int, uncut: list[str], folder: s
     text = max(texts, key=lambda path: path.stat().st_size).read_text() if texts else compiled.as_text()
     once, repeated = hlo.read(text, devices=mesh.size // slices, slices=slices)
     tell(program.name, "read", once=vars(once), repeated=vars(repeated))
-
-
-def _uncut(model: Model, mesh: Mesh) -> list[str]:
-    whole = partitioning.undivided(model.logical_axes(), model.abstract_params(), mesh)
-    return [
-        f"mesh.{axis}={pieces} does not divide the model's {name} ({size}): those parameters stay whole on that axis"
-        for name, (size, axis, pieces) in whole.items()
-    ]
 
 
 def read_shape(fields: dict[str, Any]) -> ModelConfig:

@@ -10,8 +10,8 @@ from selfplay_jax import distributed
 from selfplay_jax.data.templates import Template
 from selfplay_jax.data.tokens import Record
 from selfplay_jax.models.decoder import Model, Params
-from selfplay_jax.progress import progress, say
-from selfplay_jax.rounds import Responses, RoundFiles, chunks
+from selfplay_jax.progress import progress
+from selfplay_jax.rounds import Responses, RoundFiles, chunks, gaps
 from selfplay_jax.sampling.generate import Samples, generate
 
 
@@ -30,17 +30,17 @@ def rollout(
 ) -> Responses:
     """S responses of θ_t to every record, read from disk where they lie there already.
 
-    `settings` are the config's `sampling` fields. Each chunk of prompts is sampled by itself, always alike, so a killed
-    rollout goes on with the chunks that are not saved and ends with the same responses. Of several processes each
-    samples its share of the chunks where `mesh` is its own. `check_stop` is called now and then and may raise.
+    `settings` are the config's `sampling` fields. Each part of the prompts is sampled by itself, and no response
+    depends on its part: a killed rollout goes on with what is not saved, in parts of whatever size, and ends with the
+    same responses. Of several processes each samples its share of the parts where `mesh` is its own. `check_stop` is
+    called now and then and may raise.
     """
     ids = [record.id for record in records]
     if distributed.agree(lambda: files.responses_path().exists()):
         return files.load_responses(ids)
-    parts = list(chunks(len(records), settings.chunk))
-    done = distributed.agree(lambda: [files.responses_path(part).exists() for part, _ in parts])
-    left = [chunk for chunk, there in zip(parts, done, strict=True) if not there]
-    split = distributed.is_local(mesh)  # else all processes sample every chunk together
+    there = [slice(*ends) for ends in distributed.agree(lambda: [[part.start, part.stop] for part in files.parts()])]
+    split = distributed.is_local(mesh)  # else all processes sample every part together
+    left = cut(gaps(len(records), there), settings.chunk, distributed.count() if split else 1)
     longest = max(len(record.prompt) for record in records)
 
     def sample(rows: slice, on_progress: Callable[[int], None]) -> Samples:
@@ -63,45 +63,42 @@ def rollout(
             on_progress=on_progress,
         )
 
-    def sample_and_save(ours: list[tuple[int, slice]], ready: int) -> None:
+    def sample_and_save(ours: list[slice], ready: int) -> None:
         def advance(count: int) -> None:
             bar.advance(count)
             check_stop()
 
         total = ready + _prompts(ours) * samples_per_prompt
         with progress(f"sampling round {files.round_index}", total=total, unit="responses", start=ready) as bar:
-            for part, rows in ours:
-                samples = sample(rows, advance)
+            for part in ours:
+                samples = sample(part, advance)
                 if split or distributed.is_lead():
-                    _save(files, part, records[rows], samples, template)
+                    _save(files, part, records[part], samples, template)
 
     if split:
-        _tell_of_idle(len(left), settings.chunk)
         distributed.each(lambda: sample_and_save(distributed.mine(left), 0))
     else:
         sample_and_save(left, (len(records) - _prompts(left)) * samples_per_prompt)
-    files.join_parts(len(parts))
+    files.join_parts(sorted(there + left, key=lambda part: part.start))
     return files.load_responses(ids)
 
 
-def _prompts(some: Sequence[tuple[int, slice]]) -> int:
-    return sum(rows.stop - rows.start for _, rows in some)
+def cut(rows: Sequence[slice], most: int, processes: int) -> list[slice]:
+    """Rows in parts of at most `most`, small enough to give each process an equal share."""
+    share = -(-_prompts(rows) // processes)
+    size = -(-share // -(-share // most)) if share else most
+    return [slice(s.start + i.start, s.start + i.stop) for s in rows for _, i in chunks(s.stop - s.start, size)]
 
 
-def _save(files: RoundFiles, part: int, records: Sequence[Record], samples: Samples, template: Template) -> None:
+def _prompts(parts: Sequence[slice]) -> int:
+    return sum(part.stop - part.start for part in parts)
+
+
+def _save(files: RoundFiles, part: slice, records: Sequence[Record], samples: Samples, template: Template) -> None:
     shape = (len(records), len(samples.tokens) // len(records))
     grouped = [samples.tokens[i : i + shape[1]] for i in range(0, len(samples.tokens), shape[1])]
     responses = Responses(grouped, samples.finished.reshape(shape), samples.logps.reshape(shape))
     files.save_responses(responses, records, [template.decode(tokens) for tokens in samples.tokens], part)
-
-
-def _tell_of_idle(left: int, chunk: int) -> None:
-    idle = distributed.count() - left
-    if idle > 0:
-        say(
-            f"note: config.sampling.chunk={chunk} leaves {left} chunks for {distributed.count()} processes: {idle} of "
-            "them wait"
-        )
 
 
 def describe(responses: Responses, records: Sequence[Record]) -> dict[str, Any]:
