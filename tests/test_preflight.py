@@ -16,7 +16,16 @@ from tiny_models import PLAIN
 from selfplay_jax.errors import UserError
 from selfplay_jax.main import read_flags
 from selfplay_jax.preflight import advise, command, hlo, shapes, speed, topologies
-from selfplay_jax.preflight.compile import CRASHED, FITS, LATE, TOO_LARGE, Outcome, compile_programs, diagnose
+from selfplay_jax.preflight.compile import (
+    CRASHED,
+    FITS,
+    LATE,
+    TOO_LARGE,
+    Outcome,
+    compile_programs,
+    diagnose,
+    last_words,
+)
 from selfplay_jax.preflight.result import Result
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -350,3 +359,41 @@ def test_two_slices_talk_through_the_data_centre() -> None:
     np.testing.assert_allclose(train.once.dcn_bytes, train.holds["parameters"], rtol=0.05)
     with pytest.raises(UserError, match=r"mesh\.replica=1 must be a multiple of the 2 slices"):
         compile_programs(config_of(), PLAIN, topologies.find("2xv5e:2x2"), ["train"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ""),
+        ("Traceback:\n  File x\nOSError: no room\n", "OSError: no room"),
+        (
+            "I1122 00:00:00 1 a.cc:1] fine\nF1122 00:00:01 1 b.cc:2] Check failed: x == 8 (100 vs. 8)\n*** stack\n"
+            "Raising signal 6 with default behavior",
+            "F1122 00:00:01 1 b.cc:2] Check failed: x == 8 (100 vs. 8)",
+        ),
+    ],
+)
+def test_last_words(text: str, words: str) -> None:
+    assert last_words(text) == words
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--config.data.examples=150", "--config.data.validation_examples=200"), 150),  # held back on top of them
+        (("--config.data.source=builtin", "--config.data.examples=0"), 100),
+        (
+            (
+                "--config.data.source=openai/gsm8k:main",
+                "--config.data.examples=0",
+                "--config.data.validation_examples=73",
+            ),
+            7400,
+        ),
+        (("--config.data.source=data/mine.jsonl", "--config.data.examples=0"), None),
+    ],
+)
+def test_prompts_of_a_round(flags: tuple[str, ...], expected: int | None) -> None:
+    config = config_of(*flags)
+    assert speed.prompts(config, None) == expected
+    assert speed.prompts(config, 7) == 7

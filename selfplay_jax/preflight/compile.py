@@ -172,8 +172,14 @@ def _run(
             process.wait()
             timer.watch(None)
         noise.seek(0)
-        words = noise.read().strip().splitlines()[-1:]
-    return last, words[0][:500] if words else f"exit code {process.returncode}"
+        return last, last_words(noise.read()) or f"exit code {process.returncode}"
+
+
+def last_words(text: str) -> str:
+    """The line of a dead process's stderr that says why: what the compiler checked in vain, else the last one."""
+    lines = text.strip().splitlines()
+    checks = (line for line in lines if re.match(r"F\d{4} ", line) or "Check failed" in line)
+    return next(checks, lines[-1] if lines else "")[:500]
 
 
 def _take(outcome: Outcome, row: dict[str, Any]) -> None:
