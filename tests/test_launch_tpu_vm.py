@@ -1,13 +1,15 @@
 """launch/tpu_vm.sh against a simulated Cloud TPU service."""
 
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fake_cloud import HOSTILE, FakeCloud
+from fake_cloud import HOSTILE, FakeCloud, wait_for
 
 CONFIG = ("--", "--config=configs/tpaw.py")
 MakeCloud = Callable[..., FakeCloud]
@@ -186,6 +188,38 @@ def test_a_worker_that_lost_the_program_means_again(cloud: MakeCloud) -> None:
     subprocess.run(["kill", "-KILL", "--", f"-{pid}"], check=True)
     watch = tpu.run("tpu_vm.sh", "watch")
     assert watch.returncode == 75 and "gone from worker(s) 1" in watch.stderr
+
+
+def shut_down(tpu: FakeCloud, worker: int) -> str:
+    """What systemd does to the processes of a session when the VM goes down; returns the exit code left behind."""
+    state = tpu.dir / f"vms/w{worker}/.selfplay_jax/demo"
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        os.killpg(int((state / "pid").read_text()), number)
+    wait_for((state / "exit_code").exists)
+    return (state / "exit_code").read_text()
+
+
+@pytest.mark.parametrize("play", ["save", "early"])
+def test_at_a_shutdown_the_program_saves_and_the_code_says_again(cloud: MakeCloud, play: str) -> None:
+    tpu = cloud(codes=play)
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    assert tpu.run("tpu_vm.sh", "start", *CONFIG).returncode == 0
+    tpu.await_program()
+    assert [shut_down(tpu, worker) for worker in (0, 1)] == ["75\n", "75\n"]
+    log = (tpu.dir / "vms/w1/.selfplay_jax/demo/log").read_text()
+    assert ("saving\nsaved\n" in log) == (play == "save") and "ended with code 75" in log
+    assert tpu.run("tpu_vm.sh", "watch").returncode == 75
+
+
+def test_a_shutdown_while_a_secret_is_read_is_no_error_of_the_users(cloud: MakeCloud) -> None:
+    tpu = cloud()
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    (tpu.dir / "secrets").mkdir()
+    os.mkfifo(tpu.dir / "secrets/slow")
+    assert tpu.run("tpu_vm.sh", "start", "--secret=HF_TOKEN=slow", *CONFIG).returncode == 0
+    wait_for(lambda: len(tpu.find("secrets", "access")) == 2)
+    assert [shut_down(tpu, worker) for worker in (0, 1)] == ["75\n", "75\n"]
+    assert not list(tpu.dir.glob("argv.*"))
 
 
 def test_a_start_that_reached_some_workers_is_repeated(cloud: MakeCloud) -> None:
