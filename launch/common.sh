@@ -57,6 +57,9 @@ need_program() { command -v "$1" >/dev/null 2>&1 || die "$1 is not installed or 
 
 need() { [[ -n $2 ]] || die "$1 is missing: $3"; }
 
+# doubled SECONDS MOST: for pauses that grow.
+doubled() { awk -v now="$1" -v most="$2" 'BEGIN { now *= 2; print (now > most) ? most : now }'; }
+
 # Google Cloud's rule for names of slices and jobs; $2 says how long they may be.
 check_name() {
   local pattern='^[a-z]([-a-z0-9]*[a-z0-9])?$'

@@ -156,7 +156,9 @@ def test_stop_by_force(cloud: MakeCloud) -> None:
     ("life", "command", "code", "sentence"),
     [
         ({"create": 1, "message": "ERROR: Quota exceeded"}, "up", 69, "the slice was not accepted"),
-        ({"waiting": ["WAITING_FOR_RESOURCES", "FAILED"], "message": "no such type"}, "up", 75, "FAILED, no such type"),
+        ({"waiting": ["WAITING_FOR_RESOURCES", "FAILED"], "message": "no such type"}, "up", 69, "FAILED, no such type"),
+        ({"waiting": ["FAILED"], "message": "no such type"}, "up --wait-timeout=99", 69, "FAILED, no such type"),
+        ({"waiting": ["FAILED"], "made": "2020-01-01T00:00:00.5Z"}, "up --wait-timeout=99", 73, "FAILED"),
         ({"waiting": ["PROVISIONING", "SUSPENDED"]}, "up", 75, "came to nothing: SUSPENDED"),
         ({"waiting": ["WAITING_FOR_RESOURCES"]}, "up --wait-timeout=1", 73, "no capacity within 1 s"),
         ({"lost": "install"}, "up", 75, "taken away during the installation"),
@@ -164,7 +166,7 @@ def test_stop_by_force(cloud: MakeCloud) -> None:
         ({"lost": "start"}, "run", 75, "taken away before the program started"),
         ({"half": 3}, "run", 69, "could not be started on all workers (code 255, try 3 of 3)"),
         ({"lost": "run:3"}, "run", 75, "taken away"),
-        ({"deaf": 99}, "run --unreachable=3", 69, "0 of 2 workers answer"),
+        ({"deaf": 99}, "run --unreachable=1", 69, "0 of 2 workers answer since"),
     ],
 )
 def test_what_goes_wrong_has_a_code_and_a_sentence(
@@ -233,7 +235,65 @@ def test_a_start_that_reached_some_workers_is_repeated(cloud: MakeCloud) -> None
 def test_unanswered_questions_are_asked_again(cloud: MakeCloud) -> None:
     tpu = cloud(lives=[{"deaf": 4}])
     assert tpu.run("tpu_vm.sh", "up").returncode == 0
-    assert tpu.run("tpu_vm.sh", "run", "--unreachable=9", *CONFIG).returncode == 0
+    assert tpu.run("tpu_vm.sh", "run", *CONFIG).returncode == 0
+
+
+def test_an_expired_login_or_a_lost_network_is_waited_out(cloud: MakeCloud) -> None:
+    expired = "ERROR: There was a problem refreshing your current auth tokens\nPlease run:\n gcloud auth login"
+    tpu = cloud(lives=[{"offline": [2, 7, expired]}], codes="hang\n0")
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    assert tpu.run("tpu_vm.sh", "start", *CONFIG).returncode == 0
+    tpu.await_program()
+    watch = subprocess.Popen(
+        tpu.command("tpu_vm.sh", "watch", "--unreachable=0"), env=tpu.environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(tpu.find("worker.sh status")) >= 7)
+    assert watch.poll() is None and tpu.run("tpu_vm.sh", "stop").returncode == 0
+    assert watch.wait(60) == 77
+    assert watch.stderr
+    said = watch.stderr.read()
+    assert said.count('run "gcloud auth login" on this machine') == 1 and "nothing is counted or deleted" in said
+
+
+def test_a_key_that_left_the_agent_is_no_silent_slice(cloud: MakeCloud) -> None:
+    tpu = cloud(lives=[{"deaf": 5, "message": "ERROR: SSH Key is not present in the SSH agent."}])
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    run = tpu.run("tpu_vm.sh", "run", "--unreachable=0", *CONFIG)
+    assert run.returncode == 0 and "ssh-add ~/.ssh/google_compute_engine" in run.stderr
+
+
+def test_ssh_and_scp_end_by_themselves(cloud: MakeCloud) -> None:
+    tpu = cloud()
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    limits = ("-oConnectTimeout=15", "-oServerAliveInterval=30", "-oServerAliveCountMax=4")
+    for verb, flag in (("ssh", "--ssh-flag="), ("scp", "--scp-flag=")):
+        calls = [call for call in tpu.calls if call[3] == verb]
+        assert calls and all({flag + limit for limit in limits} <= set(call) for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("life", "word"),
+    [
+        ({}, "healthy"),
+        ({"waiting": ["WAITING_FOR_RESOURCES"]}, "waiting"),
+        ({"waiting": ["SUSPENDED"]}, "lost"),
+        ({"waiting": ["FAILED"]}, "lost"),
+        ({"waiting": [""]}, "unknown"),
+    ],
+)
+def test_health(cloud: MakeCloud, life: dict[str, object], word: str) -> None:
+    tpu = cloud(lives=[life])
+    assert tpu.run("tpu_vm.sh", "health").stdout == "lost\n"
+    assert tpu.run("tpu_vm.sh", "create").returncode == 0
+    assert tpu.run("tpu_vm.sh", "health").stdout == f"{word}\n"
+
+
+def test_a_refusal_is_said_before_anything_is_asked_for(cloud: MakeCloud) -> None:
+    tpu = cloud()
+    (tpu.dir / "state.json").write_text('{"life": -1, "exists": false, "offline": [9, "ERROR: PERMISSION_DENIED: no"]}')
+    up = tpu.run("tpu_vm.sh", "up")
+    assert up.returncode == 69 and "PERMISSION_DENIED: no" in up.stderr and not tpu.find("create")
+    assert tpu.run("tpu_vm.sh", "health").stdout == "refused\n"
 
 
 def test_secrets_reach_the_program_and_nothing_else(cloud: MakeCloud) -> None:
@@ -300,7 +360,20 @@ def test_wrong_options_are_one_sentence(cloud: MakeCloud, words: list[str], sent
 
 def test_dry_run_prints_commands_and_runs_none(cloud: MakeCloud) -> None:
     tpu = cloud()
-    for command in ("create", "wait", "install", "start", "watch", "up", "run", "logs", "status", "stop", "delete"):
+    for command in (
+        "create",
+        "wait",
+        "install",
+        "start",
+        "watch",
+        "up",
+        "run",
+        "logs",
+        "status",
+        "health",
+        "stop",
+        "delete",
+    ):
         done = tpu.run("tpu_vm.sh", command, "--dry-run", f"--run-id={HOSTILE}", *CONFIG)
         assert done.returncode == 0 and "gcloud compute tpus" in done.stdout, (command, done.stderr)
         printed = [line for line in done.stdout.splitlines() if not line.startswith("#")]
@@ -331,6 +404,26 @@ def test_changes_of_the_checkout_are_installed(cloud: MakeCloud) -> None:
     assert (tree / "launch/README.md").read_text() == "changed\n" and not (tree / "launch/new.txt").exists()
     assert tpu.run("tpu_vm.sh", "install", "--revision=HEAD").returncode == 0
     assert (tree / "launch/README.md").read_text() != "changed\n"
+
+
+def test_an_installation_leaves_no_file_of_an_older_one_and_keeps_the_environment(cloud: MakeCloud) -> None:
+    tpu = cloud()
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    tree = tpu.dir / "vms/w1/selfplay_jax"
+    (tree / "launch/stale.py").write_text("")
+    (tree / ".venv/kept").write_text("")
+    assert tpu.run("tpu_vm.sh", "install").returncode == 0
+    assert not (tree / "launch/stale.py").exists() and (tree / ".venv/kept").exists()
+
+
+def test_nothing_is_installed_under_a_program_that_did_not_answer(cloud: MakeCloud) -> None:
+    tpu = cloud(lives=[{"deaf": 2}], codes="hang")
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    assert tpu.run("tpu_vm.sh", "start", *CONFIG).returncode == 0
+    tpu.await_program()
+    install = tpu.run("tpu_vm.sh", "install")
+    assert install.returncode == 69 and "the program runs here" in install.stderr
+    assert (tpu.dir / "vms/w1/selfplay_jax/launch/worker.sh").exists()
 
 
 def test_only_a_git_checkout_can_be_installed(cloud: MakeCloud) -> None:
