@@ -150,4 +150,8 @@ slice_of() {
     v4:256 | v5p:256) TOPOLOGY=4x8x8 ;;
     v4:512 | v5p:512) TOPOLOGY=8x8x8 ;;
   esac
+  case $GENERATION in
+    v5e | v6e) [[ $TOPOLOGY ]] || die "--accelerator-type=$1: v5e and v6e come in 1, 4, 8, 16, 32, 64, 128 and 256 chips" ;;
+    *) ((size > 0 && size % 8 == 0)) || die "--accelerator-type=$1: the number of a v4 or v5p counts cores and is a multiple of 8" ;;
+  esac
 }

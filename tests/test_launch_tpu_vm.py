@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fake_cloud import HOSTILE, FakeCloud, wait_for
+from fake_cloud import HOSTILE, FakeCloud, script, wait_for
 
 CONFIG = ("--", "--config=configs/tpaw.py")
 MakeCloud = Callable[..., FakeCloud]
@@ -58,11 +58,41 @@ def test_from_nothing_to_a_finished_run(cloud: MakeCloud) -> None:
 
 @pytest.mark.parametrize(
     ("accelerator", "runtime"),
-    [("v5p-16", "v2-alpha-tpuv5"), ("v6e-8", "v2-alpha-tpuv6e"), ("v4-32", "tpu-ubuntu2204-base")],
+    [
+        ("v5e-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-16", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+        ("v4-32", "tpu-ubuntu2204-base"),
+    ],
 )
 def test_runtime_version_goes_by_generation(cloud: MakeCloud, accelerator: str, runtime: str) -> None:
     shown = cloud().run("tpu_vm.sh", "create", "--dry-run", f"--accelerator-type={accelerator}").stdout
     assert f"--runtime-version={runtime} " in shown
+    assert f"--accelerator-type={accelerator.replace('v5e', 'v5litepod')} " in shown
+
+
+@pytest.mark.parametrize(
+    ("agent", "key", "accelerator", "code"),
+    [
+        ("SHA256:mine", True, "v5litepod-16", 0),
+        ("SHA256:other", True, "v5litepod-16", 64),
+        ("SHA256:other", False, "v5litepod-16", 64),
+        ("SHA256:other", False, "v5litepod-8", 0),
+        ("", True, "v5litepod-16", 0),
+    ],
+)
+def test_an_agent_without_gclouds_key_is_found_before_anything_is_paid(
+    cloud: MakeCloud, agent: str, key: bool, accelerator: str, code: int
+) -> None:
+    """Only several workers, and only an agent that holds keys, make gcloud look there."""
+    tpu = cloud()
+    script(tpu.dir / "bin/ssh-add", f"#!/bin/sh\n[ '{agent}' ] && echo '3072 {agent} me (RSA)'\n")
+    script(tpu.dir / "bin/ssh-keygen", '#!/bin/sh\n[ -e "$2" ] && echo "3072 SHA256:mine me (RSA)"\n')
+    if key:
+        script(tpu.dir / ".ssh/google_compute_engine", "")
+    create = tpu.run("tpu_vm.sh", "create", f"--accelerator-type={accelerator}")
+    assert create.returncode == code, create.stderr
+    assert bool(tpu.calls) == (code == 0) and ("does not hold gcloud's key" in create.stderr) == (code != 0)
 
 
 def test_hostile_words_reach_the_program_as_they_are(cloud: MakeCloud) -> None:
@@ -343,6 +373,8 @@ def test_names_of_resources_are_checked_first(cloud: MakeCloud, name: str) -> No
         (["up", "--env=HF_TOKEN=abc", *CONFIG], "use --secret"),
         (["up", "--accelerator-type=a100-8"], "known are v5litepod-N"),
         (["up", "--accelerator-type=v6e"], "is not like v5litepod-16"),
+        (["up", "--accelerator-type=v5litepod-5"], "come in 1, 4, 8, 16"),
+        (["up", "--accelerator-type=v5p-12"], "is a multiple of 8"),
         (["up", "--poll=soon"], "is no number"),
         (["up", "--zone="], "--zone is missing"),
         (["up", "--flavour=x"], "unknown option --flavour"),
