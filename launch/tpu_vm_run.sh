@@ -61,7 +61,7 @@ unanswered() {
       sleep "$poll"
       ;;
     *)
-      silent_since=
+      silent_since='' why=${why:-it is $how}
       blind
       ;;
   esac

@@ -87,10 +87,9 @@ do_create() {
   # Then the request lapses by itself, though this machine may be asleep.
   ((wait_timeout == 0)) || words+=(--valid-until-duration="${wait_timeout}s")
   if [[ -z $DRY_RUN ]]; then
-    check_agent
     slice_state
     case $state in
-      GONE) ;;
+      GONE) check_agent ;;
       UNKNOWN | REFUSED)
         say "the state of $name cannot be read: $why"
         exit "$EX_SETUP"

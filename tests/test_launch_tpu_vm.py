@@ -92,7 +92,9 @@ def test_an_agent_without_gclouds_key_is_found_before_anything_is_paid(
         script(tpu.dir / ".ssh/google_compute_engine", "")
     create = tpu.run("tpu_vm.sh", "create", f"--accelerator-type={accelerator}")
     assert create.returncode == code, create.stderr
-    assert bool(tpu.calls) == (code == 0) and ("does not hold gcloud's key" in create.stderr) == (code != 0)
+    assert bool(tpu.find("queued-resources", "create")) == (code == 0) and (
+        "does not hold gcloud's key" in create.stderr
+    ) == (code != 0)
 
 
 def test_hostile_words_reach_the_program_as_they_are(cloud: MakeCloud) -> None:
