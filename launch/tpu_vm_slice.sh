@@ -12,9 +12,9 @@ state_by() {
   why=$("$@" 2>&1 >/dev/null) || true
   state=UNKNOWN
   case $why in
+    *"gcloud auth login"* | *"auth tokens"*) why='gcloud is not logged in: run "gcloud auth login" on this machine' ;;
     *NOT_FOUND* | *"was not found"*) state=GONE ;;
     *PERMISSION_DENIED* | *INVALID_ARGUMENT*) state=REFUSED ;;
-    *"gcloud auth login"* | *"auth tokens"*) why='gcloud is not logged in: run "gcloud auth login" on this machine' ;;
   esac
   why=${why//$'\n'/ }
   why=${why:0:300}
