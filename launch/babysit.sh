@@ -6,6 +6,7 @@
 # All options of launch/tpu_vm.sh (see its --help) and
 #   --max-preemptions=N   how often capacity may be taken away, before or during the run; default 1000
 #   --max-failures=N      how many failures of set-up or program are answered with another try; default 3
+#   --good-run=SECONDS    a run that lasted this long sets the count of failures back; default 3600
 #   --backoff=SECONDS     pause before the next try, doubled from try to try; default 15
 #   --max-backoff=SECONDS longest pause; a run that lasts longer than this sets the pause back; default 600
 #   --settle=SECONDS      after 75 and 76, before the slice is asked for its health: that news comes late; default 60
@@ -18,8 +19,11 @@
 #   64                    wrong options: the end
 #   77                    somebody stopped the run with `launch/tpu_vm.sh stop`: the end; the same command resumes
 #   75, 73                taken away, or no capacity in time: a preemption. Is the slice gone it is deleted and asked for
-#                         again, is it healthy the program is started again where it is
-#   others                a failure, also 76 (a peer died) on a slice that is healthy; started again in the same way
+#                         again, is it healthy the program is started again where it is, is it in the queue it is waited for
+#   others                a failure, also 76 (a peer died) on a slice that is healthy; started again in the same way. A
+#                         healthy slice whose workers were silent for --unreachable seconds is deleted and asked for again
+# While the slice's state cannot be read (this machine's network, an expired login) nothing is counted or deleted; babysit
+# says so and waits. The code is packed once, at the start: a later change of the checkout reaches no worker.
 # The run id and with it the workdir stay the same, so every start resumes. Running babysit itself again (another
 # machine, a closed laptop) picks up the slice and the run that it finds.
 # The exit code is the last one above, 75 after a stop. A signal ends babysit, not the run; it says what still runs.
@@ -28,7 +32,7 @@ launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 source "$launch/common.sh"
 
-max_preemptions=1000 max_failures=3 backoff=15 max_backoff=600 settle=60 keep=''
+max_preemptions=1000 max_failures=3 good_run=3600 backoff=15 max_backoff=600 settle=60 keep=''
 passed=() program=()
 while (($#)); do
   case $1 in
@@ -38,6 +42,7 @@ while (($#)); do
       ;;
     --max-preemptions=*) check_count "${1%%=*}" "${1#*=}" && max_preemptions=${1#*=} ;;
     --max-failures=*) check_count "${1%%=*}" "${1#*=}" && max_failures=${1#*=} ;;
+    --good-run=*) check_count "${1%%=*}" "${1#*=}" && good_run=${1#*=} ;;
     --backoff=*) check_number "${1%%=*}" "${1#*=}" && backoff=${1#*=} ;;
     --max-backoff=*) check_number "${1%%=*}" "${1#*=}" && max_backoff=${1#*=} ;;
     --settle=*) check_number "${1%%=*}" "${1#*=}" && settle=${1#*=} ;;
@@ -47,7 +52,7 @@ while (($#)); do
       program=("$@")
       break
       ;;
-    --max-preemptions | --max-failures | --backoff | --max-backoff | --settle) die "$1: write $1=VALUE" ;;
+    --max-preemptions | --max-failures | --good-run | --backoff | --max-backoff | --settle) die "$1: write $1=VALUE" ;;
     *) passed+=("$1") ;;
   esac
   shift
@@ -99,6 +104,10 @@ interrupted() {
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM HUP
 
+own=$(mktemp -d "${TMPDIR:-/tmp}/selfplay_jax.XXXXXX")
+trap 'rm -rf "$own"' EXIT
+passed+=(--parcel="$own/selfplay_jax.tar.gz")
+
 # finish CODE SENTENCE
 finish() {
   say "$2"
@@ -114,9 +123,24 @@ wait_before_retry() {
   ((SECONDS - begun <= ${max_backoff%.*})) || pause=$backoff
   say "next try in $pause s"
   in_background sleep "$pause"
-  pause=$(awk -v now="$pause" -v most="$max_backoff" 'BEGIN { now *= 2; print (now > most) ? most : now }')
+  pause=$(doubled "$pause" "$max_backoff")
 }
 
+# Sets `health`, and `blind` if it could not be learned at once.
+look_at_health() {
+  local nap=$backoff
+  blind=''
+  while :; do
+    health=$(tpu_vm health) || health=unknown
+    [[ $health == unknown ]] || return 0
+    blind=1
+    say "the slice's state cannot be read; looking again in $nap s, nothing is counted or deleted meanwhile"
+    in_background sleep "$nap"
+    nap=$(doubled "$nap" 300)
+  done
+}
+
+in_background tpu_vm pack || exit "$EX_SETUP"
 preemptions=0 failures=0 pause=$backoff phase=up
 while :; do
   begun=$SECONDS code=0
@@ -125,7 +149,9 @@ while :; do
     ((code != 0)) || phase=run
   fi
   if [[ $phase == run ]]; then
+    run_begun=$SECONDS
     in_background tpu_vm run || code=$?
+    ((SECONDS - run_begun < good_run)) || failures=0
   fi
 
   case $code in
@@ -135,8 +161,10 @@ while :; do
     "$EX_STOPPED") finish "$EX_AGAIN" "the run was stopped on request; the same command resumes it" ;;
     "$EX_AGAIN" | "$EX_PEER") in_background sleep "$settle" ;;
   esac
-  health=$(tpu_vm health) || health=unknown
-  if [[ $code == "$EX_AGAIN" || $code == "$EX_NO_CAPACITY" || $code == "$EX_PEER" && $health == lost ]]; then
+  look_at_health
+  if [[ $phase == up && $code == "$EX_SETUP" && $blind ]]; then
+    continue
+  elif [[ $code == "$EX_AGAIN" || $code == "$EX_NO_CAPACITY" || $code == "$EX_PEER" && $health == lost ]]; then
     preemptions=$((preemptions + 1))
     ((preemptions <= max_preemptions)) || finish "$EX_AGAIN" "preempted $preemptions times: giving up; the same command resumes"
     say "preemption $preemptions (at most $max_preemptions); the slice is $health"

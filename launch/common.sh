@@ -57,6 +57,9 @@ need_program() { command -v "$1" >/dev/null 2>&1 || die "$1 is not installed or 
 
 need() { [[ -n $2 ]] || die "$1 is missing: $3"; }
 
+# doubled SECONDS MOST: for pauses that grow.
+doubled() { awk -v now="$1" -v most="$2" 'BEGIN { now *= 2; print (now > most) ? most : now }'; }
+
 # Google Cloud's rule for names of slices and jobs; $2 says how long they may be.
 check_name() {
   local pattern='^[a-z]([-a-z0-9]*[a-z0-9])?$'
@@ -146,5 +149,9 @@ slice_of() {
     v4:128 | v5p:128) TOPOLOGY=4x4x8 ;;
     v4:256 | v5p:256) TOPOLOGY=4x8x8 ;;
     v4:512 | v5p:512) TOPOLOGY=8x8x8 ;;
+  esac
+  case $GENERATION in
+    v5e | v6e) [[ $TOPOLOGY ]] || die "--accelerator-type=$1: v5e and v6e come in 1, 4, 8, 16, 32, 64, 128 and 256 chips" ;;
+    *) ((size > 0 && size % 8 == 0)) || die "--accelerator-type=$1: the number of a v4 or v5p counts cores and is a multiple of 8" ;;
   esac
 }

@@ -6,6 +6,7 @@
 # Commands, in their usual order
 #   create    ask for the slice (a queued resource and its node, both called NAME)
 #   wait      until it is ACTIVE
+#   pack      pack this tree into --parcel=FILE
 #   install   copy this tree to all workers and install it there (make setup TPU=1)
 #   start     start the program on all workers, apart from the ssh connection; does nothing where it runs already
 #   watch     print worker 0's log until the program has ended on all workers; end with its exit code
@@ -13,7 +14,7 @@
 #   run       start, watch
 #   logs      the last lines of all workers' logs (--lines=N)
 #   status    state of the slice and of the program on each worker
-#   health    one word: healthy, lost or unknown
+#   health    one word: healthy, waiting (in the queue), lost, refused (no permission) or unknown (network, login)
 #   stop      SIGTERM to the program on all workers (it saves and ends with 75), wait until it has ended
 #   delete    give the slice back; nothing is billed after that
 #   cost      chips x hours x price (--hours=H --price=DOLLARS_PER_CHIP_HOUR)
@@ -36,11 +37,13 @@
 #   --env=NAME=VALUE         environment of the program; repeatable
 #   --secret=NAME=SECRET     the same from Secret Manager, read on the VM; the value is never seen here; repeatable
 #   --revision=REV           git revision to install; default the tracked files as they are, changes included
+#   --parcel=FILE            install what is packed in FILE (tar.gz); where there is no such file, it is made and kept
 #
 # Otherwise
 #   --poll=SECONDS           between questions about state and logs; default 20
 #   --grace=SECONDS          how long a stop may take, and how long workers may outlive one that failed; default 300
-#   --unreachable=N          unanswered questions in a row after which a healthy slice counts as out of reach; default 15
+#   --unreachable=SECONDS    how long the workers of a healthy slice may be silent until it is given up; default 1800.
+#                            While even its state cannot be read (network, login), nothing is: that is waited out
 #   --lines=N                for logs; default 40
 #   --force                  with stop: SIGKILL to what the grace did not end
 #   --dry-run                print each command and run none
@@ -65,8 +68,8 @@ shift
 
 name='' zone=${CLOUDSDK_COMPUTE_ZONE-} project=${CLOUDSDK_CORE_PROJECT-}
 accelerator=v5litepod-16 runtime='' tier='' service_account='' network='' subnetwork='' internal_ips='' wait_timeout=0
-run_id='' bucket='' workdir='' revision=''
-poll=20 grace=300 unreachable=15 lines=40 force='' hours='' price=''
+run_id='' bucket='' workdir='' revision='' parcel=''
+poll=20 grace=300 unreachable=1800 lines=40 force='' hours='' price=''
 program_args=() worker_options=()
 
 while (($#)); do
@@ -102,6 +105,7 @@ while (($#)); do
     --bucket) bucket=$value ;;
     --workdir) workdir=$value ;;
     --revision) revision=$value ;;
+    --parcel) parcel=$value ;;
     --poll) check_number "$option" "$value" && poll=$value ;;
     --grace) check_count "$option" "$value" && grace=$value ;;
     --unreachable) check_count "$option" "$value" && unreachable=$value ;;
@@ -128,6 +132,7 @@ while (($#)); do
 done
 
 slice_of "$accelerator"
+accelerator=${accelerator/#v5e-/v5litepod-} # as Cloud TPU spells it
 if [[ $command == cost ]]; then
   need --hours "$hours" "how many hours the slice stands"
   need --price "$price" "dollars per chip and hour, from the price list of your region and tier"
@@ -146,15 +151,19 @@ case $command in
   up | start | run) workdir=$(work_dir "$bucket" "${run_id:-$name}" "$workdir") || exit "$EX_USAGE" ;;
 esac
 case $command in
-  up | install) [[ -e $root/.git ]] || die "$root is no git checkout: what goes to the workers is what git tracks" ;;
+  up | pack | install) [[ -e $root/.git ]] || die "$root is no git checkout: what goes to the workers is what git tracks" ;;
 esac
+if [[ $command == pack ]]; then
+  need --parcel "$parcel" "the file to pack into"
+  pack
+  exit 0
+fi
 if [[ -z $DRY_RUN ]]; then need_program gcloud "see https://cloud.google.com/sdk/docs/install"; fi
 
 where=(--zone="$zone" --project="$project" --quiet)
 
 case $command in
-  create | wait | install | start | watch | logs | status | stop | delete) "do_$command" ;;
-  health) health && printf '\n' ;;
+  create | wait | install | start | watch | logs | status | health | stop | delete) "do_$command" ;;
   up)
     do_create
     do_wait

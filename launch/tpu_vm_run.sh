@@ -6,31 +6,88 @@ remote() { quoted bash selfplay_jax/launch/worker.sh "$@"; }
 
 # Workers on which the program runs already do nothing, so that a start may be repeated.
 do_start() {
-  local tries code line
+  local tries=0 code line silent_since='' silences=0 workers=''
   line=$(remote start "$name" "$workdir" ${worker_options[@]+"${worker_options[@]}"} -- "${program_args[@]}")
   say "$name: run in $workdir"
-  for tries in 1 2 3; do
+  while :; do
     code=0
     SHOW=run on all "$line" || code=$?
     ((code != 0)) || return 0
-    if [[ $(health) == lost ]]; then
-      say "$name was taken away before the program started"
-      exit "$EX_AGAIN"
+    if ((code == 127)); then
+      say "the program is not installed on $name: launch/tpu_vm.sh install"
+      exit "$EX_SETUP"
     fi
-    say "the program could not be started on all workers (code $code, try $tries of 3)"
-    sleep "$poll"
+    ask_workers
+    if all_answer; then
+      tries=$((tries + 1)) silent_since=
+      say "the program could not be started on all workers (code $code, try $tries of 3)"
+      ((tries < 3)) || exit "$EX_SETUP"
+      sleep "$poll"
+    else
+      unanswered "$name was taken away before the program started"
+    fi
   done
-  exit "$EX_SETUP"
 }
 
-count_workers() {
-  gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(networkEndpoints.len())' 2>/dev/null
+# Whether the question before was answered by all workers. Sets `workers`.
+all_answer() {
+  [[ $workers =~ ^[1-9][0-9]*$ ]] ||
+    workers=$(gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(networkEndpoints.len())' 2>/dev/null) || workers=
+  [[ $workers =~ ^[1-9][0-9]*$ ]] && ((answered >= workers))
+}
+
+# unanswered SENTENCE: after a question that not all workers answered. Ends with 75 and SENTENCE if the slice is gone; with
+# 69 if it is healthy and was silent for --unreachable seconds; waits otherwise. A laptop that slept counts too, so three
+# questions at least.
+unanswered() {
+  health
+  if [[ $how == healthy && $ssh_trouble ]]; then how=unknown why=$ssh_trouble; fi
+  case $how in
+    lost)
+      say "$1"
+      exit "$EX_AGAIN"
+      ;;
+    healthy)
+      sighted
+      if [[ -z $silent_since ]]; then
+        silent_since=$SECONDS silences=0
+        say "$answered of ${workers:-?} workers answer although $name is healthy; it is given up after $unreachable s of that"
+      fi
+      silences=$((silences + 1))
+      if ((silences >= 3 && SECONDS - silent_since >= unreachable)); then
+        say "$answered of ${workers:-?} workers answer since $((SECONDS - silent_since)) s: $name is out of reach"
+        exit "$EX_SETUP"
+      fi
+      sleep "$poll"
+      ;;
+    *)
+      silent_since='' why=${why:-it is $how}
+      blind
+      ;;
+  esac
+}
+
+# A folder of this process's own, `scratch`.
+scratch=''
+own_folder() {
+  if [[ $DRY_RUN ]]; then
+    scratch=${TMPDIR:-/tmp}/selfplay_jax.XXXXXX
+  elif [[ -z $scratch ]]; then
+    scratch=$(mktemp -d "${TMPDIR:-/tmp}/selfplay_jax.XXXXXX")
+    # shellcheck disable=SC2064  # this folder, now
+    trap "rm -rf $(quoted "$scratch")" EXIT
+  fi
 }
 
 # One question to all workers. Sets how many answered and, per kind, lists of workers' numbers or number:code.
 ask_workers() {
   local answer word index what code
-  answer=$(on all "$(remote status "$name")" 2>/dev/null) || true
+  own_folder
+  answer=$(on all "$(remote status "$name")" 2>"$scratch/ssh") || true
+  ssh_trouble=
+  if grep -q 'not present in the SSH agent' "$scratch/ssh"; then
+    ssh_trouble='your ssh agent does not hold gcloud'\''s key: ssh-add ~/.ssh/google_compute_engine'
+  fi
   answered=0 running='' codes='' failed='' stopped='' lost='' absent=''
   while read -r word index what code; do
     [[ $word == selfplay-worker ]] || continue
@@ -83,28 +140,15 @@ do_watch() {
     on 0 "$(remote log "$name" 0)"
     return
   fi
-  local workers unanswered=0 offset=0 first_failure='' failed_at=0 scratch how
-  scratch=$(mktemp -d "${TMPDIR:-/tmp}/selfplay_jax.XXXXXX")
-  # shellcheck disable=SC2064  # this folder, now
-  trap "rm -rf $(quoted "$scratch")" EXIT
-  workers=$(count_workers) || workers=
+  local workers='' silent_since='' silences=0 offset=0 first_failure='' failed_at=0
   while :; do
-    [[ $workers =~ ^[1-9][0-9]*$ ]] || workers=$(count_workers) || workers=
     ask_workers
-    if [[ -z $workers ]] || ((answered < workers)); then
-      unanswered=$((unanswered + 1))
-      how=$(health)
-      if [[ $how == lost ]]; then
-        say "$name was taken away"
-        exit "$EX_AGAIN"
-      elif ((unanswered >= unreachable)); then
-        say "$answered of ${workers:-?} workers answer although $name is not reported lost"
-        exit "$EX_SETUP"
-      fi
-      sleep "$poll"
+    if ! all_answer; then
+      unanswered "$name was taken away"
       continue
     fi
-    unanswered=0
+    silent_since=
+    sighted
     show_log
     if [[ -z $running$codes$lost ]]; then
       say "no run was started on $name: launch/tpu_vm.sh start"
@@ -144,7 +188,9 @@ conclude() {
     exit "$EX_STOPPED"
   fi
   # The end of a slice has many faces: a bucket out of reach, a dead peer, a kill.
-  if [[ $code != 0 && $(health) == lost ]]; then
+  [[ $code != 0 ]] || exit 0
+  health
+  if [[ $how == lost ]]; then
     say "$name was taken away"
     exit "$EX_AGAIN"
   fi
@@ -155,16 +201,15 @@ do_logs() { on all "$(remote tail "$name" "$lines")"; }
 
 do_status() {
   if [[ $DRY_RUN ]]; then
-    ask gcloud compute tpus queued-resources describe "$name" "${where[@]}" '--format=value(state.state)'
-    ask gcloud compute tpus tpu-vm describe "$name" "${where[@]}" '--format=value(state)'
+    ask_states
     on all "$(remote status "$name")"
     return
   fi
-  local request
-  request=$(slice_state)
-  printf 'slice %s: %s\n' "$name" "$request"
-  [[ $request == ACTIVE ]] || return 0
-  printf 'node %s: %s, billed until launch/tpu_vm.sh delete\n' "$name" "$(node_state)"
+  slice_state
+  printf 'slice %s: %s\n' "$name" "$state${why:+ ($why)}"
+  [[ $state == ACTIVE ]] || return 0
+  node_state
+  printf 'node %s: %s, billed until launch/tpu_vm.sh delete\n' "$name" "$state"
   on all "$(remote status "$name")" 2>/dev/null || say "not all workers answer"
 }
 
@@ -184,9 +229,12 @@ do_stop() {
       SHOW=run on all "$(remote stop "$name" KILL)" || true
       break
     fi
-    if ((answered == 0)) && [[ $(health) == lost ]]; then
-      say "$name was taken away"
-      return
+    if ((answered == 0)); then
+      health
+      if [[ $how == lost ]]; then
+        say "$name was taken away"
+        return
+      fi
     fi
     sleep "$poll"
   done

@@ -11,6 +11,7 @@
 # The program runs apart from the ssh session, under `supervise`, and its exit code is left in a file.
 set -euo pipefail
 
+EX_AGAIN=75
 UV_VERSION=0.13.9 # brings a Python where the image has none that is new enough
 tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 index=$(hostname)
@@ -51,7 +52,6 @@ install() {
   echo "worker $index: installed"
 }
 
-# The exit code is the last thing that a supervisor writes.
 alive() { [[ -s $state/pid && ! -e $state/exit_code ]] && kill -0 "$(cat "$state/pid")" 2>/dev/null; }
 
 start() {
@@ -61,7 +61,7 @@ start() {
     echo "worker $index: already running"
     return
   fi
-  rm -f "$state/exit_code" "$state/stop_asked"
+  rm -f "$state/exit_code" "$state/stop_asked" "$state/program"
   [[ ! -e $state/log ]] || mv "$state/log" "$state/log.previous"
   : >"$state/log"
   # A session of its own and no descriptor of ssh's: a dropped connection neither kills the run nor keeps ssh waiting.
@@ -74,8 +74,10 @@ start() {
 # environment of the program, read from Secret Manager with the VM's own service account.
 supervise() {
   state_of "$1"
-  local workdir=$2 code=0 child='' asked='' value
-  trap 'asked=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
+  local workdir=$2 code=0 asked='' value
+  # systemd counts all of this to the ssh session it was started from: at a shutdown every process of it gets SIGTERM and,
+  # at once, SIGHUP. The program saves on the first; this one has to outlive it. `stop` signals the program alone.
+  trap 'asked=1' TERM INT HUP
   shift 2
   while [[ $1 != -- ]]; do
     case $1 in
@@ -84,9 +86,14 @@ supervise() {
         value=${1#--secret=}
         echo "reading ${value%%=*} from the secret ${value#*=}"
         if ! value="${value%%=*}=$(gcloud secrets versions access latest --secret="${value#*=}" --quiet)"; then
-          echo "error: the VM's service account cannot read it (it needs roles/secretmanager.secretAccessor)"
-          echo 1 >"$state/exit_code"
-          exit 1
+          trap '' TERM INT HUP
+          if [[ $asked ]]; then
+            record "$EX_AGAIN"
+          else
+            echo "error: the VM's service account cannot read it (it needs roles/secretmanager.secretAccessor)"
+            record 1
+          fi
+          exit 0
         fi
         export "${value?}"
         ;;
@@ -96,18 +103,27 @@ supervise() {
   shift
   cd "$tree"
   export PYTHONUNBUFFERED=1
-  .venv/bin/python -m selfplay_jax.main --workdir="$workdir" "$@" &
-  child=$!
-  [[ -z $asked ]] || kill -TERM "$child"
-  # A signal ends `wait` early: the program may still be saving.
-  while :; do
-    code=0
-    wait "$child" || code=$?
-    kill -0 "$child" 2>/dev/null || break
-  done
+  # In the foreground: a signal to this shell waits until the program has ended and its code is safe. SIGHUP would end the
+  # program in the middle of the save that SIGTERM asks for. A `stop` that found no program yet has left its mark.
+  # shellcheck disable=SC2016 # for the inner shell
+  bash -c 'echo $$ >"$1/program"; [[ ! -e $1/stop_asked ]] || exit 75; shift; trap "" HUP; exec "$@"' program "$state" \
+    .venv/bin/python -m selfplay_jax.main --workdir="$workdir" "$@" || code=$?
+  trap '' TERM INT HUP # nor may a late one end what is left to do, mv and gcloud
+  # Ended by the signal itself: it had hardly begun, nothing is lost.
+  if [[ ($asked || -e $state/stop_asked) && $code == 143 ]]; then code=$EX_AGAIN; fi
   echo "worker $index: the program ended with code $code"
-  keep_log "$workdir"
-  echo "$code" >"$state/exit_code.new"
+  # Where the VM goes down the code comes before the log, whose copy may take too long; else babysit may delete the VM then.
+  if [[ $asked && ! -e $state/stop_asked ]]; then
+    record "$code"
+    keep_log "$workdir"
+  else
+    keep_log "$workdir"
+    record "$code"
+  fi
+}
+
+record() {
+  echo "$1" >"$state/exit_code.new"
   mv "$state/exit_code.new" "$state/exit_code"
 }
 
@@ -122,7 +138,7 @@ status() {
   local what=absent code=-
   if [[ -e $state/exit_code ]]; then
     what=exited code=$(cat "$state/exit_code")
-    if [[ $code != 0 && $code != 1 && -e $state/stop_asked ]]; then what=stopped; fi # 143 where it had hardly begun
+    if [[ $code != 0 && $code != 1 && -e $state/stop_asked ]]; then what=stopped; fi
   elif alive; then
     what=running
   elif [[ -e $state/stop_asked ]]; then
@@ -140,7 +156,11 @@ stop() {
     return
   }
   touch "$state/stop_asked"
-  if [[ ${2:-TERM} == KILL ]]; then kill -KILL -- "-$(cat "$state/pid")"; else kill -TERM "$(cat "$state/pid")"; fi
+  if [[ ${2:-TERM} == KILL ]]; then
+    kill -KILL -- "-$(cat "$state/pid")"
+  elif [[ -s $state/program ]]; then
+    kill -TERM "$(cat "$state/program")" 2>/dev/null || true # it may just have ended
+  fi
   echo "worker $index: told to stop"
 }
 

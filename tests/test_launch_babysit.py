@@ -1,6 +1,8 @@
 """launch/babysit.sh against a simulated Cloud TPU service: what is retried, how often, and what ends it."""
 
 import contextlib
+import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -125,6 +127,70 @@ def test_a_slice_that_does_not_answer_is_replaced(cloud: MakeCloud) -> None:
     assert (creations(tpu), deletions(tpu)) == (2, 2)
 
 
+def test_its_own_lost_network_is_no_failure(cloud: MakeCloud) -> None:
+    """During the run, and again at the question for the slice's health."""
+    lost = "ERROR: (gcloud) Unable to find the server at tpu.googleapis.com"
+    tpu = cloud(lives=[{"offline": [2, 12, lost]}], codes="75\n0")
+    done = tpu.run("babysit.sh", "--max-failures=0", "--unreachable=0", *CONFIG)
+    assert done.returncode == 0, done.stderr
+    assert "nothing is counted or deleted" in done.stderr and "Unable to find the server" in done.stderr
+    assert (creations(tpu), starts(tpu), deletions(tpu)) == (1, 2, 1)
+
+
+def test_a_login_that_ends_before_the_slice_is_asked_for(cloud: MakeCloud) -> None:
+    tpu = cloud()
+    why = "ERROR: You do not currently have an active account selected. Please run: gcloud auth login"
+    (tpu.dir / "state.json").write_text(json.dumps({"life": -1, "exists": False, "offline": [8, why]}))
+    done = tpu.run("babysit.sh", "--max-failures=0", *CONFIG)
+    assert done.returncode == 0, done.stderr
+    assert 'run "gcloud auth login" on this machine' in done.stderr
+    assert (creations(tpu), starts(tpu), deletions(tpu)) == (1, 1, 1)
+
+
+def test_a_good_run_sets_the_count_of_failures_back(cloud: MakeCloud) -> None:
+    tpu = cloud(codes="139\n139\n139\n0")
+    done = tpu.run("babysit.sh", "--max-failures=1", "--good-run=0", *CONFIG)
+    assert done.returncode == 0 and done.stderr.count("failure 1 (at most 1)") == 3, done.stderr
+
+
+def test_a_request_that_cannot_succeed_uses_the_failure_budget(cloud: MakeCloud) -> None:
+    tpu = cloud(lives=[{"waiting": ["ACCEPTED", "FAILED"], "message": "no such type in this zone"}])
+    done = tpu.run("babysit.sh", "--max-failures=1", "--max-preemptions=0", *CONFIG)
+    assert done.returncode == 69 and "failure 2 with code 69" in done.stderr and "no such type" in done.stderr
+    assert (creations(tpu), deletions(tpu)) == (2, 2)
+
+
+def test_a_queued_request_outlives_a_babysit_that_fails(cloud: MakeCloud) -> None:
+    """A wait that was killed is taken up again; the place in the queue stays."""
+    tpu = cloud(lives=[{"waiting": ["WAITING_FOR_RESOURCES"] * 40 + ["ACTIVE"]}])
+    babysit = subprocess.Popen(
+        tpu.command("babysit.sh", *CONFIG), env=tpu.environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    wait_for(lambda: bool(tpu.find("queued-resources", "describe", "state.state")) and creations(tpu) == 1)
+    time.sleep(0.3)
+    children = pathlib.Path(f"/proc/{babysit.pid}/task/{babysit.pid}/children").read_text().split()
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(child), signal.SIGKILL)
+    _, errors = babysit.communicate(timeout=60)
+    assert babysit.returncode == 0 and b"the slice is waiting" in errors, errors
+    assert (creations(tpu), deletions(tpu)) == (1, 1)
+
+
+def test_the_code_is_that_of_the_start(cloud: MakeCloud) -> None:
+    """What changes in the checkout during the run is not installed on the next slice."""
+    tpu = cloud(lives=[{"lost": "end"}, {}], codes="hang\n0")
+    (tpu.repo / "launch/README.md").write_text("at the start\n")
+    babysit = subprocess.Popen(tpu.command("babysit.sh", "--keep", *CONFIG), env=tpu.environment())
+    tpu.await_program()
+    (tpu.repo / "launch/README.md").write_text("later\n")
+    assert tpu.run("tpu_vm.sh", "stop").returncode == 0
+    assert babysit.wait(60) == 0
+    assert creations(tpu) == 2
+    assert (tpu.dir / "vms/w1/selfplay_jax/launch/README.md").read_text() == "at the start\n"
+    assert not list(tpu.dir.glob("selfplay_jax.*"))
+
+
 def test_no_capacity_in_time_asks_again(cloud: MakeCloud) -> None:
     tpu = cloud(lives=[{"waiting": ["WAITING_FOR_RESOURCES"]}, {}])
     done = tpu.run("babysit.sh", "--wait-timeout=1", *CONFIG)
@@ -211,7 +277,7 @@ def test_dry_run_prints_the_plan(cloud: MakeCloud) -> None:
         "scp",
         "worker.sh\\ install",
         "worker.sh\\ start",
-        "status",
+        "until the program has ended",
         "delete demo",
     ]
     places = [done.stdout.index(verb) for verb in verbs]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from fake_cloud import HOSTILE, ROOT, recorded, recording_stubs
+from fake_cloud import HOSTILE, ROOT, recorded, recording_stubs, script
 
 JOBSET = str(ROOT / "launch/gke/jobset.sh")
 OPTIONS = ("--name=demo", "--image=region-docker.pkg.dev/p/r/selfplay_jax:1", "--bucket=gs://bucket")
@@ -78,6 +78,9 @@ def test_manifest_as_asked_for() -> None:
     assert {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"} in pod[
         "tolerations"
     ]
+    container = pod["containers"][0]
+    assert container["imagePullPolicy"] == "Always"
+    assert container["securityContext"]["capabilities"] == {"add": ["SYS_RESOURCE"]}
     plain = pod_of(rendered(*CONFIG))
     assert "serviceAccountName" not in plain and len(plain["tolerations"]) == 1
 
@@ -139,6 +142,9 @@ def stubs(tmp_path: pathlib.Path) -> dict[str, str]:
 COMMANDS = [
     ("build", [["docker", "build"], ["docker", "push"]]),
     ("pool", [["gcloud", "container"]]),
+    ("delete-pool", [["gcloud", "container"]]),
+    ("delete-pool --slices=3", [["gcloud", "container"]] * 3),
+    ("pool --slices=2", [["gcloud", "container"]] * 2),
     ("apply", [["kubectl", "--context=c"]]),
     ("status", [["kubectl", "--context=c"]] * 2),
     ("logs", [["kubectl", "--context=c"]]),
@@ -150,7 +156,7 @@ PLACES = ("--context=c", "--cluster=k", "--location=us-west4", "--zone=us-west4-
 @pytest.mark.parametrize(("command", "wanted"), COMMANDS)
 def test_commands(stubs: dict[str, str], command: str, wanted: list[list[str]]) -> None:
     """Each runs what its dry run prints."""
-    words = (command, *OPTIONS, *PLACES, f"--run-id={HOSTILE}", "--secret=HF_TOKEN=hf:token")
+    words = (*command.split(), *OPTIONS, *PLACES, f"--run-id={HOSTILE}", "--secret=HF_TOKEN=hf:token")
     dry = jobset(*words, "--dry-run", *CONFIG, **stubs)
     assert dry.returncode == 0 and not recorded(stubs), dry.stderr
     done = jobset(*words, *CONFIG, **stubs)
@@ -182,6 +188,31 @@ def test_node_pool(stubs: dict[str, str]) -> None:
     assert words <= set(recorded(stubs)[0]["argv"])
 
 
+def test_every_slice_has_a_pool(stubs: dict[str, str]) -> None:
+    for command in ("pool", "delete-pool"):
+        assert jobset(command, *OPTIONS, *PLACES, "--slices=2", **stubs).returncode == 0
+    assert [call["argv"][2:4] for call in recorded(stubs)] == [
+        ["create", "demo-0"],
+        ["create", "demo-1"],
+        ["delete", "demo-0"],
+        ["delete", "demo-1"],
+    ]
+
+
+def test_a_pool_that_is_not_deleted_is_named_and_the_others_are(stubs: dict[str, str]) -> None:
+    script(pathlib.Path(stubs["STUB_DIR"]) / "bin/gcloud", '#!/bin/sh\n[ "$4" != demo-0 ]\n')
+    done = jobset("delete-pool", *OPTIONS, *PLACES, "--slices=3", **stubs)
+    assert (
+        done.returncode == 69 and "may go on costing money: demo-0;" in done.stderr and "delete demo-2" in done.stderr
+    )
+
+
+def test_stop_waits_for_the_saves(stubs: dict[str, str]) -> None:
+    done = jobset("stop", *OPTIONS, **stubs)
+    assert done.returncode == 0 and "until launch/gke/jobset.sh delete-pool" in done.stderr
+    assert recorded(stubs)[0]["argv"] == ["delete", "jobset", "demo", "--cascade=foreground"]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -191,7 +222,10 @@ def test_node_pool(stubs: dict[str, str]) -> None:
         (["render", "--bucket=", *CONFIG], "say where the run lives"),
         (["render", "--env=WANDB_API_KEY=abc", *CONFIG], "use --secret"),
         (["render", "--secret=HF_TOKEN=abc", *CONFIG], "NAME_OF_THE_SECRET:KEY"),
-        (["render", "--accelerator-type=v6e-17", *CONFIG], "has no usual topology"),
+        (["render", "--accelerator-type=v6e-17", *CONFIG], "come in 1, 4, 8, 16"),
+        (["render", "--accelerator-type=v5p-24", *CONFIG], "has no usual topology"),
+        (["render", "--slices=0", *CONFIG], "at least one"),
+        (["delete-pool"], "--cluster is missing"),
         (["render", "--topology=3x3", *CONFIG], "does not divide into nodes of 4 chips"),
         (["render", *CONFIG, "bell\a"], "control characters"),
         (["apply"], "say what to run after --"),
@@ -216,5 +250,17 @@ def test_the_image_holds_what_a_run_needs_and_nothing_else() -> None:
     for source in sources:
         assert list(ROOT.glob(source)), source
         assert source.partition("/")[0] in let_through
-    assert "USER selfplay" in lines and json.loads(lines[-1].removeprefix("ENTRYPOINT "))[-1] == "selfplay_jax.main"
+    assert "USER selfplay" in lines
     assert not re.search(r"TOKEN|SECRET|API_KEY", "\n".join(lines))
+
+
+def test_the_entry_point_hands_its_arguments_on(tmp_path: pathlib.Path) -> None:
+    """Through the shell that raises the limit of locked memory, whether or not it may."""
+    entry = json.loads((ROOT / "launch/gke/Dockerfile").read_text().splitlines()[-1].removeprefix("ENTRYPOINT "))
+    assert entry[:4] == ["tini", "--", "sh", "-c"] and "ulimit -l 68719476736" in entry[4]
+    script(tmp_path / "python", '#!/bin/sh\nprintf "%s\\0" "$@"\n')
+    line = entry[4].replace("/app/.venv/bin/python", str(tmp_path / "python"))
+    words = ["--config=c.py", HOSTILE, "", "$HOME"]
+    done = subprocess.run(["sh", "-c", line, *entry[5:], *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.split("\0")[:-1] == ["-m", "selfplay_jax.main", *words]

@@ -98,10 +98,10 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 def as_dry_runs() -> list[str]:
     """The README's blocks, each command of a launcher as a dry run, all other programs as no-ops."""
-    others = "".join(f"{name}() {{ :; }}\n" for name in ("gcloud", "kubectl", "xpk", "python", "pip", "mkdir"))
+    others = "".join(f"{name}() {{ :; }}\n" for name in ("gcloud", "kubectl", "xpk", "python", "pip", "sky", "mkdir"))
     blocks = [re.sub(r"^.*[a-z] \.\.\. .*$|^.* \.\.\.$", "", block, flags=re.MULTILINE) for block in BLOCKS]
     blocks = [
-        re.sub(r"^(launch/(?:tpu_vm|sky)\.sh \w+|launch/\w+\.sh|\$gke \w+)", r"\1 --dry-run", b, flags=re.M)
+        re.sub(r"^(launch/(?:tpu_vm|sky)\.sh \w+|launch/\w+\.sh|\$gke [\w-]+)", r"\1 --dry-run", b, flags=re.M)
         for b in blocks
     ]
     return [others + block for block in blocks if re.search(r"--dry-run", block)]

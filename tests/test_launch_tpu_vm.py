@@ -1,13 +1,15 @@
 """launch/tpu_vm.sh against a simulated Cloud TPU service."""
 
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from fake_cloud import HOSTILE, FakeCloud
+from fake_cloud import HOSTILE, FakeCloud, script, wait_for
 
 CONFIG = ("--", "--config=configs/tpaw.py")
 MakeCloud = Callable[..., FakeCloud]
@@ -56,11 +58,43 @@ def test_from_nothing_to_a_finished_run(cloud: MakeCloud) -> None:
 
 @pytest.mark.parametrize(
     ("accelerator", "runtime"),
-    [("v5p-16", "v2-alpha-tpuv5"), ("v6e-8", "v2-alpha-tpuv6e"), ("v4-32", "tpu-ubuntu2204-base")],
+    [
+        ("v5e-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-16", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+        ("v4-32", "tpu-ubuntu2204-base"),
+    ],
 )
 def test_runtime_version_goes_by_generation(cloud: MakeCloud, accelerator: str, runtime: str) -> None:
     shown = cloud().run("tpu_vm.sh", "create", "--dry-run", f"--accelerator-type={accelerator}").stdout
     assert f"--runtime-version={runtime} " in shown
+    assert f"--accelerator-type={accelerator.replace('v5e', 'v5litepod')} " in shown
+
+
+@pytest.mark.parametrize(
+    ("agent", "key", "accelerator", "code"),
+    [
+        ("SHA256:mine", True, "v5litepod-16", 0),
+        ("SHA256:other", True, "v5litepod-16", 64),
+        ("SHA256:other", False, "v5litepod-16", 64),
+        ("SHA256:other", False, "v5litepod-8", 0),
+        ("", True, "v5litepod-16", 0),
+    ],
+)
+def test_an_agent_without_gclouds_key_is_found_before_anything_is_paid(
+    cloud: MakeCloud, agent: str, key: bool, accelerator: str, code: int
+) -> None:
+    """Only several workers, and only an agent that holds keys, make gcloud look there."""
+    tpu = cloud()
+    script(tpu.dir / "bin/ssh-add", f"#!/bin/sh\n[ '{agent}' ] && echo '3072 {agent} me (RSA)'\n")
+    script(tpu.dir / "bin/ssh-keygen", '#!/bin/sh\n[ -e "$2" ] && echo "3072 SHA256:mine me (RSA)"\n')
+    if key:
+        script(tpu.dir / ".ssh/google_compute_engine", "")
+    create = tpu.run("tpu_vm.sh", "create", f"--accelerator-type={accelerator}")
+    assert create.returncode == code, create.stderr
+    assert bool(tpu.find("queued-resources", "create")) == (code == 0) and (
+        "does not hold gcloud's key" in create.stderr
+    ) == (code != 0)
 
 
 def test_hostile_words_reach_the_program_as_they_are(cloud: MakeCloud) -> None:
@@ -154,7 +188,9 @@ def test_stop_by_force(cloud: MakeCloud) -> None:
     ("life", "command", "code", "sentence"),
     [
         ({"create": 1, "message": "ERROR: Quota exceeded"}, "up", 69, "the slice was not accepted"),
-        ({"waiting": ["WAITING_FOR_RESOURCES", "FAILED"], "message": "no such type"}, "up", 75, "FAILED, no such type"),
+        ({"waiting": ["WAITING_FOR_RESOURCES", "FAILED"], "message": "no such type"}, "up", 69, "FAILED, no such type"),
+        ({"waiting": ["FAILED"], "message": "no such type"}, "up --wait-timeout=99", 69, "FAILED, no such type"),
+        ({"waiting": ["FAILED"], "made": "2020-01-01T00:00:00.5Z"}, "up --wait-timeout=99", 73, "FAILED"),
         ({"waiting": ["PROVISIONING", "SUSPENDED"]}, "up", 75, "came to nothing: SUSPENDED"),
         ({"waiting": ["WAITING_FOR_RESOURCES"]}, "up --wait-timeout=1", 73, "no capacity within 1 s"),
         ({"lost": "install"}, "up", 75, "taken away during the installation"),
@@ -162,7 +198,7 @@ def test_stop_by_force(cloud: MakeCloud) -> None:
         ({"lost": "start"}, "run", 75, "taken away before the program started"),
         ({"half": 3}, "run", 69, "could not be started on all workers (code 255, try 3 of 3)"),
         ({"lost": "run:3"}, "run", 75, "taken away"),
-        ({"deaf": 99}, "run --unreachable=3", 69, "0 of 2 workers answer"),
+        ({"deaf": 99}, "run --unreachable=1", 69, "0 of 2 workers answer since"),
     ],
 )
 def test_what_goes_wrong_has_a_code_and_a_sentence(
@@ -188,6 +224,38 @@ def test_a_worker_that_lost_the_program_means_again(cloud: MakeCloud) -> None:
     assert watch.returncode == 75 and "gone from worker(s) 1" in watch.stderr
 
 
+def shut_down(tpu: FakeCloud, worker: int) -> str:
+    """What systemd does to the processes of a session when the VM goes down; returns the exit code left behind."""
+    state = tpu.dir / f"vms/w{worker}/.selfplay_jax/demo"
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        os.killpg(int((state / "pid").read_text()), number)
+    wait_for((state / "exit_code").exists)
+    return (state / "exit_code").read_text()
+
+
+@pytest.mark.parametrize("play", ["save", "early"])
+def test_at_a_shutdown_the_program_saves_and_the_code_says_again(cloud: MakeCloud, play: str) -> None:
+    tpu = cloud(codes=play)
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    assert tpu.run("tpu_vm.sh", "start", *CONFIG).returncode == 0
+    tpu.await_program()
+    assert [shut_down(tpu, worker) for worker in (0, 1)] == ["75\n", "75\n"]
+    log = (tpu.dir / "vms/w1/.selfplay_jax/demo/log").read_text()
+    assert ("saving\nsaved\n" in log) == (play == "save") and "ended with code 75" in log
+    assert tpu.run("tpu_vm.sh", "watch").returncode == 75
+
+
+def test_a_shutdown_while_a_secret_is_read_is_no_error_of_the_users(cloud: MakeCloud) -> None:
+    tpu = cloud()
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    (tpu.dir / "secrets").mkdir()
+    os.mkfifo(tpu.dir / "secrets/slow")
+    assert tpu.run("tpu_vm.sh", "start", "--secret=HF_TOKEN=slow", *CONFIG).returncode == 0
+    wait_for(lambda: len(tpu.find("secrets", "access")) == 2)
+    assert [shut_down(tpu, worker) for worker in (0, 1)] == ["75\n", "75\n"]
+    assert not list(tpu.dir.glob("argv.*"))
+
+
 def test_a_start_that_reached_some_workers_is_repeated(cloud: MakeCloud) -> None:
     tpu = cloud(lives=[{"half": 2}], codes="hang")
     assert tpu.run("tpu_vm.sh", "up").returncode == 0
@@ -199,7 +267,65 @@ def test_a_start_that_reached_some_workers_is_repeated(cloud: MakeCloud) -> None
 def test_unanswered_questions_are_asked_again(cloud: MakeCloud) -> None:
     tpu = cloud(lives=[{"deaf": 4}])
     assert tpu.run("tpu_vm.sh", "up").returncode == 0
-    assert tpu.run("tpu_vm.sh", "run", "--unreachable=9", *CONFIG).returncode == 0
+    assert tpu.run("tpu_vm.sh", "run", *CONFIG).returncode == 0
+
+
+def test_an_expired_login_or_a_lost_network_is_waited_out(cloud: MakeCloud) -> None:
+    expired = "ERROR: There was a problem refreshing your current auth tokens\nPlease run:\n gcloud auth login"
+    tpu = cloud(lives=[{"offline": [2, 7, expired]}], codes="hang\n0")
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    assert tpu.run("tpu_vm.sh", "start", *CONFIG).returncode == 0
+    tpu.await_program()
+    watch = subprocess.Popen(
+        tpu.command("tpu_vm.sh", "watch", "--unreachable=0"), env=tpu.environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(tpu.find("worker.sh status")) >= 7)
+    assert watch.poll() is None and tpu.run("tpu_vm.sh", "stop").returncode == 0
+    assert watch.wait(60) == 77
+    assert watch.stderr
+    said = watch.stderr.read()
+    assert said.count('run "gcloud auth login" on this machine') == 1 and "nothing is counted or deleted" in said
+
+
+def test_a_key_that_left_the_agent_is_no_silent_slice(cloud: MakeCloud) -> None:
+    tpu = cloud(lives=[{"deaf": 5, "message": "ERROR: SSH Key is not present in the SSH agent."}])
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    run = tpu.run("tpu_vm.sh", "run", "--unreachable=0", *CONFIG)
+    assert run.returncode == 0 and "ssh-add ~/.ssh/google_compute_engine" in run.stderr
+
+
+def test_ssh_and_scp_end_by_themselves(cloud: MakeCloud) -> None:
+    tpu = cloud()
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    limits = ("-oConnectTimeout=15", "-oServerAliveInterval=30", "-oServerAliveCountMax=4")
+    for verb, flag in (("ssh", "--ssh-flag="), ("scp", "--scp-flag=")):
+        calls = [call for call in tpu.calls if call[3] == verb]
+        assert calls and all({flag + limit for limit in limits} <= set(call) for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("life", "word"),
+    [
+        ({}, "healthy"),
+        ({"waiting": ["WAITING_FOR_RESOURCES"]}, "waiting"),
+        ({"waiting": ["SUSPENDED"]}, "lost"),
+        ({"waiting": ["FAILED"]}, "lost"),
+        ({"waiting": [""]}, "unknown"),
+    ],
+)
+def test_health(cloud: MakeCloud, life: dict[str, object], word: str) -> None:
+    tpu = cloud(lives=[life])
+    assert tpu.run("tpu_vm.sh", "health").stdout == "lost\n"
+    assert tpu.run("tpu_vm.sh", "create").returncode == 0
+    assert tpu.run("tpu_vm.sh", "health").stdout == f"{word}\n"
+
+
+def test_a_refusal_is_said_before_anything_is_asked_for(cloud: MakeCloud) -> None:
+    tpu = cloud()
+    (tpu.dir / "state.json").write_text('{"life": -1, "exists": false, "offline": [9, "ERROR: PERMISSION_DENIED: no"]}')
+    up = tpu.run("tpu_vm.sh", "up")
+    assert up.returncode == 69 and "PERMISSION_DENIED: no" in up.stderr and not tpu.find("create")
+    assert tpu.run("tpu_vm.sh", "health").stdout == "refused\n"
 
 
 def test_secrets_reach_the_program_and_nothing_else(cloud: MakeCloud) -> None:
@@ -249,6 +375,8 @@ def test_names_of_resources_are_checked_first(cloud: MakeCloud, name: str) -> No
         (["up", "--env=HF_TOKEN=abc", *CONFIG], "use --secret"),
         (["up", "--accelerator-type=a100-8"], "known are v5litepod-N"),
         (["up", "--accelerator-type=v6e"], "is not like v5litepod-16"),
+        (["up", "--accelerator-type=v5litepod-5"], "come in 1, 4, 8, 16"),
+        (["up", "--accelerator-type=v5p-12"], "is a multiple of 8"),
         (["up", "--poll=soon"], "is no number"),
         (["up", "--zone="], "--zone is missing"),
         (["up", "--flavour=x"], "unknown option --flavour"),
@@ -266,7 +394,20 @@ def test_wrong_options_are_one_sentence(cloud: MakeCloud, words: list[str], sent
 
 def test_dry_run_prints_commands_and_runs_none(cloud: MakeCloud) -> None:
     tpu = cloud()
-    for command in ("create", "wait", "install", "start", "watch", "up", "run", "logs", "status", "stop", "delete"):
+    for command in (
+        "create",
+        "wait",
+        "install",
+        "start",
+        "watch",
+        "up",
+        "run",
+        "logs",
+        "status",
+        "health",
+        "stop",
+        "delete",
+    ):
         done = tpu.run("tpu_vm.sh", command, "--dry-run", f"--run-id={HOSTILE}", *CONFIG)
         assert done.returncode == 0 and "gcloud compute tpus" in done.stdout, (command, done.stderr)
         printed = [line for line in done.stdout.splitlines() if not line.startswith("#")]
@@ -297,6 +438,26 @@ def test_changes_of_the_checkout_are_installed(cloud: MakeCloud) -> None:
     assert (tree / "launch/README.md").read_text() == "changed\n" and not (tree / "launch/new.txt").exists()
     assert tpu.run("tpu_vm.sh", "install", "--revision=HEAD").returncode == 0
     assert (tree / "launch/README.md").read_text() != "changed\n"
+
+
+def test_an_installation_leaves_no_file_of_an_older_one_and_keeps_the_environment(cloud: MakeCloud) -> None:
+    tpu = cloud()
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    tree = tpu.dir / "vms/w1/selfplay_jax"
+    (tree / "launch/stale.py").write_text("")
+    (tree / ".venv/kept").write_text("")
+    assert tpu.run("tpu_vm.sh", "install").returncode == 0
+    assert not (tree / "launch/stale.py").exists() and (tree / ".venv/kept").exists()
+
+
+def test_nothing_is_installed_under_a_program_that_did_not_answer(cloud: MakeCloud) -> None:
+    tpu = cloud(lives=[{"deaf": 2}], codes="hang")
+    assert tpu.run("tpu_vm.sh", "up").returncode == 0
+    assert tpu.run("tpu_vm.sh", "start", *CONFIG).returncode == 0
+    tpu.await_program()
+    install = tpu.run("tpu_vm.sh", "install")
+    assert install.returncode == 69 and "the program runs here" in install.stderr
+    assert (tpu.dir / "vms/w1/selfplay_jax/launch/worker.sh").exists()
 
 
 def test_only_a_git_checkout_can_be_installed(cloud: MakeCloud) -> None:

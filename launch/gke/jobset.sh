@@ -5,12 +5,14 @@
 #
 # Commands
 #   build     the image, from this checkout, and push it
-#   pool      a node pool for the slice (--cluster, --location, --zone)
+#   pool      a node pool for the slice (--cluster, --location, --zone): NAME; for several slices NAME-0, NAME-1, ...
+#   delete-pool   give the pool or pools back; nothing of the slices is billed after that (--cluster, --location)
 #   render    print the manifest
 #   apply     hand it to the cluster
 #   status    the JobSet and its pods
 #   logs      follow the workers' logs
-#   stop      delete the JobSet: the workers get SIGTERM and save; `apply` with the same run id resumes
+#   stop      delete the JobSet: the workers get SIGTERM and save; it ends when they have; `apply` with the same run id
+#             resumes. The pool stands and is billed until delete-pool
 #
 # Options
 #   --name=NAME              of the JobSet and the node pool
@@ -114,6 +116,8 @@ while (($#)); do
   shift
 done
 
+((slices > 0)) || die "--slices=0: at least one"
+
 kubectl_with() {
   words=(kubectl)
   [[ -z $context ]] || words+=("--context=$context")
@@ -165,6 +169,29 @@ manifest() {
          }' "$here/jobset.yaml"
 }
 
+# each_pool SENTENCE WORD...: gcloud container node-pools WORD... for the pool of each slice; @ stands for its name.
+each_pool() {
+  local slice pool failed='' sentence=$1
+  shift
+  for ((slice = 0; slice < slices; slice++)); do
+    pool=$name
+    ((slices == 1)) || pool=$name-$slice
+    run gcloud container node-pools "${@/#@/$pool}" --cluster="$cluster" --location="$location" --project="$project" --quiet ||
+      failed="$failed $pool"
+  done
+  [[ -z $failed ]] || {
+    say "$sentence:$failed; gcloud says why above"
+    exit "$EX_SETUP"
+  }
+}
+
+check_pool() {
+  check_name "$name" "$((slices == 1 ? 40 : 37))"
+  need --cluster "$cluster" "the GKE cluster"
+  need --location "$location" "the cluster's region or zone"
+  need --project "$project" "the Google Cloud project that pays"
+}
+
 case $command in
   build)
     need --image "$image" "where to push it, REGION-docker.pkg.dev/PROJECT/REPOSITORY/selfplay_jax:TAG"
@@ -172,18 +199,18 @@ case $command in
     run docker push "$image"
     ;;
   pool)
-    check_name "$name" 40
-    need --cluster "$cluster" "the GKE cluster"
-    need --location "$location" "the cluster's region or zone"
+    check_pool
     need --zone "$zone" "the zone that has the TPUs"
-    need --project "$project" "the Google Cloud project that pays"
     node_shape
-    words=(gcloud container node-pools create "$name" --cluster="$cluster" --location="$location" --node-locations="$zone"
-      --project="$project" --machine-type="$machine" --num-nodes="$nodes" --quiet)
+    words=(create @ --node-locations="$zone" --machine-type="$machine" --num-nodes="$nodes")
     # A topology is for slices of several nodes; one node is its machine type.
     ((nodes == 1)) || words+=(--tpu-topology="$topology")
     [[ -z $spot ]] || words+=(--spot)
-    run "${words[@]}"
+    each_pool "not made" "${words[@]}"
+    ;;
+  delete-pool)
+    check_pool
+    each_pool "not deleted, and may go on costing money" delete @
     ;;
   render)
     check_name "$name" 40
@@ -219,9 +246,9 @@ case $command in
     ;;
   stop)
     check_name "$name" 40
-    kubectl_with delete jobset "$name"
+    kubectl_with delete jobset "$name" --cascade=foreground # waits for the pods, and so for their saves
     run "${words[@]}"
-    say "the node pool, if its size does not adapt, still stands and costs money"
+    say "the node pool still stands and costs money until launch/gke/jobset.sh delete-pool"
     ;;
   *) die "unknown command $(quoted "$command"); see --help" ;;
 esac

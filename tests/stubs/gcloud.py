@@ -7,7 +7,9 @@ The script is {"workers": N, "lives": [LIFE, ...]}: each created slice is one li
             as soon as the program has ended on all workers and was asked for its exit code
   install   exit code of the installation
   half      how many first starts reach worker 0 only
-  deaf      how many first status questions stay unanswered
+  deaf      how many first status questions stay unanswered; with "message", what ssh says
+  offline   [N, COUNT, MESSAGE]: after the Nth status question, COUNT calls of gcloud fail with MESSAGE, here only
+  made      when the request was made
 VMs are directories; what ssh would run there is run by bash, with an environment of its own, as sshd would.
 """
 
@@ -79,11 +81,16 @@ class Slice:
             print("ERROR: this TPU has terminal state PREEMPTED", file=sys.stderr)
             return 1
         lost = self.life.get("lost", "")
-        if "worker.sh status" in command:
+        if "worker.sh status" in command and "worker.sh install" not in command:
             self.state["polls"] += 1
             self.save()
             if self.state["polls"] <= self.life.get("deaf", 0):
+                print(self.life.get("message", ""), file=sys.stderr)
                 return 255
+            when, calls, message = self.life.get("offline", (0, 0, ""))
+            if self.state["polls"] == when:
+                self.state["offline"] = [calls, message]
+                self.save()
             if lost.startswith("run:") and self.state["polls"] >= int(lost[4:]):
                 self.end(exists=True)
                 return 255
@@ -136,6 +143,12 @@ def main(argv):
         place.write_bytes(pathlib.Path(source).read_bytes())
         return 0
     tpu, verb = Slice(), tuple(argv[2:4])
+    calls, message = tpu.state.get("offline", (0, ""))
+    if calls:
+        tpu.state["offline"] = [calls - 1, message]
+        tpu.save()
+        print(message, file=sys.stderr)
+        return 1
     if verb == ("queued-resources", "create"):
         return tpu.create()
     if not tpu.state["exists"]:
@@ -143,8 +156,9 @@ def main(argv):
     if verb == ("queued-resources", "delete"):
         tpu.end(exists=False)
     elif verb == ("queued-resources", "describe"):
-        message = tpu.life.get("message", "")
-        print(message if "failedData" in flags["format"] else tpu.request_state())
+        known = {"failedData": tpu.life.get("message", ""), "createTime": tpu.life.get("made", "2999-01-01T00:00:00Z")}
+        asked = next((text for field, text in known.items() if field in flags["format"]), None)
+        print(tpu.request_state() if asked is None else asked)
     elif verb == ("tpu-vm", "describe"):
         print(len(tpu.homes) if "len()" in flags["format"] else "PREEMPTED" if tpu.state["lost"] else "READY")
     elif verb == ("tpu-vm", "scp"):
