@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import logging
 import os
 import pathlib
 import re
@@ -138,6 +139,9 @@ def _file_system(path: str) -> Any:
     scheme = _scheme(path)
     if scheme not in _SCHEMES:
         raise UserError(f"{path}: {scheme}:// is not understood; local paths, gs:// and s3:// are")
+    # They tell of every attempt, gcsfs with tracebacks; what fails in the end is told once.
+    for name in ("gcsfs", "google.auth._default", "google.auth.compute_engine._metadata"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # Listings are asked for anew: others write to the same folders, Orbax and other processes among them.
     fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     try:
