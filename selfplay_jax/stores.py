@@ -19,7 +19,6 @@ from typing import Any
 from etils import epath
 
 from selfplay_jax.errors import UserError
-from selfplay_jax.progress import say
 
 _SCHEMES = ("gs", "s3")
 _CACHE = "~/.cache/selfplay_jax/objects"
@@ -195,6 +194,8 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _fetch(system: Any, path: str, objects: dict[str, dict[str, Any]], folder: pathlib.Path) -> None:
+    from selfplay_jax.progress import say  # brings in jax
+
     size = sum(int(about.get("size") or 0) for about in objects.values())
     say(f"copying {path} ({len(objects)} files, {size / 1e9:.2f} GB) to {folder}")
     partial = folder.with_name(f"{folder.name}.partial")
