@@ -33,7 +33,7 @@ lint: $(VENV)/.stamp ## ruff, mypy and shellcheck
 lock: ## resolve pyproject.toml into requirements.lock again (needs uv); ARGS=--upgrade for newer versions
 	@command -v $(UV) >/dev/null || { echo "make lock needs uv: install it, or say where it is with UV=/path/to/uv" >&2; exit 1; }
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	  --no-emit-find-links --extra test --custom-compile-command "make lock" pyproject.toml -o requirements.lock $(ARGS)
+	  --no-emit-find-links --extra test --extra cloud --custom-compile-command "make lock" pyproject.toml -o requirements.lock $(ARGS)
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 	  --no-emit-find-links --extra tpu -c requirements.lock --no-header pyproject.toml | sed -n '/^libtpu==/,/^[^ l]/{/^[^ l]/!p}' >requirements-tpu.lock
 

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from selfplay_jax import distributed
+from selfplay_jax import distributed, stores
 from selfplay_jax.errors import UserError
 
 
@@ -39,7 +39,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, window: int):
-        self._directory = epath.Path(directory).resolve()
+        directory = epath.Path(directory)  # whose resolve() would put gs:// below the current directory
+        self._directory = directory if stores.is_remote(directory) else directory.resolve()
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(n=window),

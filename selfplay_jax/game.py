@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import shutil
-import tempfile
 import uuid
 from typing import Any
 
@@ -19,7 +17,7 @@ from selfplay_jax.data import builtin, tasks
 from selfplay_jax.data.templates import Template, check_vocabulary, load_tokenizer
 from selfplay_jax.errors import UserError
 from selfplay_jax.methods import check_fields, needs_rejected
-from selfplay_jax.models import Model, load_hf, lora, read_config, save_hf, splash
+from selfplay_jax.models import Model, hf_directory, load_hf, lora, read_config, save_hf, splash
 from selfplay_jax.models.decoder import Params
 from selfplay_jax.progress import say
 from selfplay_jax.rounds import wait_for, write_bytes
@@ -84,19 +82,13 @@ class Game:
 
     def exported(self, name: str) -> bool:
         """Whether WORKDIR/hf/NAME is there, whole."""
-        path = self.workdir / "hf" / name
-        return distributed.agree(lambda: path.exists() and any(path.glob("*config.json")))
+        last = lora.ADAPTER_CONFIG if self._exports_adapters else hf_directory.CONFIG
+        return distributed.agree((self.workdir / "hf" / name / last).exists)
 
     def export(self, params: Params, name: str) -> epath.Path:
         """Writes WORKDIR/hf/NAME: a model directory, or under LoRA with `lora.export=peft` the adapters alone."""
         path = self.workdir / "hf" / name
-        if "://" in str(path):
-            return self._export_by_way_of_here(params, name, path)
-        self._export(params, path)
-        return path
-
-    def _export(self, params: Params, path: epath.Path) -> None:
-        if self.model.lora is not None and self.config.lora.export == "peft":
+        if self._exports_adapters:
             local = pathlib.Path(self.source).expanduser()
             lora.save_peft(path, self.model, params, base=str(local.resolve()) if local.is_dir() else self.source)
         else:
@@ -104,25 +96,11 @@ class Game:
             # With the template that it was trained with, so that whoever opens the directory asks in the same form.
             dtype, template = self.config.export_dtype or None, self.template.jinja
             save_hf(path, model, params, source=self.source, dtype=dtype, chat_template=template)
-
-    def _export_by_way_of_here(self, params: Params, name: str, path: epath.Path) -> epath.Path:
-        """An export on an object store: written to a local disk and copied, its *config.json last."""
-        with tempfile.TemporaryDirectory(prefix="selfplay_jax_export_") as folder:
-            local = epath.Path(folder) / name
-            self._export(params, local)
-
-            def copy() -> None:
-                if path.exists():
-                    path.rmtree()
-                files = sorted(file for file in pathlib.Path(local).rglob("*") if file.is_file())
-                for file in sorted(files, key=lambda file: file.name.endswith("config.json")):
-                    there = path / str(file.relative_to(local))
-                    there.parent.mkdir(parents=True, exist_ok=True)
-                    with file.open("rb") as source, there.open("wb") as target:
-                        shutil.copyfileobj(source, target, 2**24)
-
-            distributed.agree(copy)
         return path
+
+    @property
+    def _exports_adapters(self) -> bool:
+        return self.model.lora is not None and self.config.lora.export == "peft"
 
 
 def claim(workdir: epath.Path, config: Any) -> None:

@@ -7,11 +7,10 @@ python -m selfplay_jax.report DIR DIR ...       compares runs and writes compari
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from etils import epath
 
-from selfplay_jax import metrics
+from selfplay_jax import metrics, stores
 from selfplay_jax.errors import UserError
 from selfplay_jax.progress import say
 from selfplay_jax.report_data import load
@@ -29,7 +28,7 @@ def write_html(workdir: epath.PathLike, output: epath.PathLike | None = None) ->
     from selfplay_jax import report_page  # brings in matplotlib
 
     run = load(workdir)
-    file = epath.Path(output) if output else epath.Path(workdir) / "report.html"
+    file = stores.open_path(output) if output else epath.Path(workdir) / "report.html"
     metrics.write_text(file, report_page.run_page(run))
     return file
 
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             runs = [load(workdir) for workdir in args.workdir]
             say(text_table(*run_cells(runs)))
-            file = Path(args.output or "comparison.html")
+            file = stores.open_path(args.output or "comparison.html")
             metrics.write_text(file, report_page.comparison_page(runs))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from selfplay_jax import metrics
+from selfplay_jax import metrics, stores
 from selfplay_jax.errors import UserError
 
 PHASES = ("sample", "score", "train", "evaluate", "save")
@@ -84,7 +84,7 @@ def load(workdir: epath.PathLike) -> Run:
     Raises:
       UserError: there is no such directory, it is not a run's, or one of its files is damaged.
     """
-    path = epath.Path(workdir)
+    path = stores.open_path(workdir)
     if not path.is_dir():
         raise UserError(f"no run directory {path}: give the --workdir of a run")
     if not any((path / name).exists() for name in ("config.json", "sft", "rounds")):

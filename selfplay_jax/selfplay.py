@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from selfplay_jax import distributed, metrics, report
+from selfplay_jax import distributed, metrics, report, stores
 from selfplay_jax import game as games
 from selfplay_jax.config import of_round
 from selfplay_jax.evaluation import Subject, evaluate
@@ -34,6 +34,7 @@ def play(config: Any, workdir: epath.PathLike, should_stop: Callable[[], bool] =
       Stopped: `should_stop()` said so; the same call goes on later.
     """
     games.check(config)
+    stores.check_workdir(workdir)
     workdir = epath.Path(workdir)
     games.claim(workdir, config)
     game = games.set_up(config, workdir, distributed.Stop(should_stop))

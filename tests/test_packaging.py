@@ -69,6 +69,7 @@ def test_lock_satisfies_pyproject(python):
     wanted = (
         project["dependencies"]
         + project["optional-dependencies"]["test"]
+        + project["optional-dependencies"]["cloud"]
         + PYPROJECT["build-system"]["requires"]  # the project itself is built without fetching anything more
     )
     pins = active_pins(python)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from selfplay_jax import stores
 from selfplay_jax.data.records import Malformed
 from selfplay_jax.errors import UserError
 
@@ -46,10 +47,19 @@ def open_files(source: str, path: Path, split: str) -> list[Table]:
 
 
 def local_path(source: str) -> Path | None:
-    """The path that a source names, existing or not; None for what must be a hub name.
+    """The path that a source names, existing or not; None for what must be a hub name. Of what lies on gs:// or s3://
+    it is the path of a copy.
 
     A downloaded hub repository's "directory:config" is the directory of that config.
+
+    Raises:
+      UserError: nothing is at a path on an object store, or it cannot be read.
     """
+    if stores.is_remote(source):
+        folder, _, config = source.rpartition(":")
+        if stores.is_remote(folder) and "/" not in config:
+            return stores.local_copy(folder, lambda name: name.startswith(f"{config}/") and _is_data(name)) / config
+        return stores.local_copy(source, _is_data)
     path = Path(source).expanduser()
     name, colon, config = str(path).rpartition(":")
     if colon and not path.exists() and (Path(name) / config).is_dir():
@@ -57,6 +67,10 @@ def local_path(source: str) -> Path | None:
     if path.exists() or path.suffix in _SUFFIXES or source.startswith((".", "/", "~")):
         return path
     return path if source.count("/") > 1 or any(c in source for c in "*?[\\") else None
+
+
+def _is_data(name: str) -> bool:
+    return name.endswith((*_SUFFIXES, ".arrow"))  # .arrow: what `save_to_disk` writes beside .json
 
 
 def no_split(source: str, split: str, there: Iterable[str]) -> UserError:

@@ -37,9 +37,10 @@ def load(
 
     Args:
       path_or_name: a .jsonl, .json or .parquet file, a directory or glob of them, a directory that `save_to_disk`
-        wrote; a hub dataset, "owner/name" or "owner/name:config"; or "tfds:name", "tfds:name/config:version",
-        "tfds:directory" for tensorflow-datasets. In a directory the files that name `split` are read, or all if
-        none names a split; of a downloaded hub repository with several configs take "directory:config".
+        wrote, each of them also on gs:// or s3://; a hub dataset, "owner/name" or "owner/name:config"; or "tfds:name",
+        "tfds:name/config:version", "tfds:directory" for tensorflow-datasets. In a directory the files that name
+        `split` are read, or all if none names a split; of a downloaded hub repository with several configs take
+        "directory:config".
       split: the dataset's split, or see above; of no effect for a single file or a glob.
       columns: {"prompt": column, "response": column[, "rejected": column]} or {"messages": column}. Default:
         found out from the names prompt/chosen/rejected, prompt/response, prompt/completion, question/answer,

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from selfplay_jax import stores
 from selfplay_jax.errors import UserError
 
 # Contents one after the other: a newline between messages, nothing between the prompt and its answer.
@@ -68,6 +69,10 @@ _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 def load_tokenizer(path: str | Path) -> Any:
     """The fast tokenizer of a Hugging Face directory or hub name. Needs no torch, runs no remote code."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": so it should be
+    if stores.is_remote(path):
+        from selfplay_jax.models import hf_directory
+
+        path = hf_directory.local_directory(path, weights=False)
     text = str(Path(path).expanduser()) if str(path).startswith("~") else str(path)
     local = os.path.isdir(text)
     if not local and (isinstance(path, Path) or text.startswith((".", "/")) or text.count("/") > 1):

@@ -1,13 +1,13 @@
 """A model to evaluate: a Hugging Face directory, or a player of a run."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
-from selfplay_jax import metrics, partitioning
+from selfplay_jax import metrics, partitioning, stores
 from selfplay_jax.checkpoints import Checkpoints, abstract_like
 from selfplay_jax.data import builtin
 from selfplay_jax.errors import UserError
@@ -18,7 +18,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_model(
-    path: str | pathlib.Path,
+    path: epath.PathLike,
     *,
     player: str | int | None = None,
     dtype: str | None = None,
@@ -27,7 +27,7 @@ def load_model(
     """The model, its parameters, and the directory (or Hub name) of its tokenizer.
 
     Args:
-      path: a Hugging Face directory or Hub name, or a run's workdir.
+      path: a Hugging Face directory or Hub name, or a run's workdir; directories also on gs:// or s3://.
       player: which checkpoint of a run: its number, "best" by its evaluations, or "final", the newest (the default).
       dtype: of weights and activations; by default the directory's or the run's own, of a Hub name float32.
       mesh: where the parameters go, in the training layout; None is the first device.
@@ -37,8 +37,8 @@ def load_model(
     if dtype is not None and dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; it must be one of {', '.join(_DTYPES)}")
     mesh = mesh or partitioning.make_mesh(1, 1, jax.devices()[:1])
-    directory = pathlib.Path(path).expanduser()
-    config = read_directory(directory)
+    directory = stores.open_path(path)
+    config = read_directory(path)
     if "method" in config:
         return _load_player(directory, config, player, dtype, mesh)
     if player is not None:
@@ -51,13 +51,13 @@ def load_model(
     return model, params, str(directory if directory.is_dir() else path)
 
 
-def read_directory(path: str | pathlib.Path) -> dict[str, Any]:
+def read_directory(path: epath.PathLike) -> dict[str, Any]:
     """The config.json of a model's directory or a run's workdir; empty for a name that is no directory.
 
     Raises:
       UserError: a directory that is neither, or a path to nothing.
     """
-    directory = pathlib.Path(path).expanduser()
+    directory = stores.open_path(path)
     file = directory / "config.json"
     if file.is_file():
         return metrics.read_json(file)
@@ -71,8 +71,9 @@ def read_directory(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def _load_player(
-    workdir: pathlib.Path, config: dict[str, Any], player: str | int | None, dtype: str | None, mesh: Mesh
+    workdir: epath.Path, config: dict[str, Any], player: str | int | None, dtype: str | None, mesh: Mesh
 ) -> tuple[Model, Params, str]:
+    stores.check_workdir(workdir)
     fields = dict(config["model"])
     path = fields.pop("path")
     fields["attention"] = splash.resolve(fields.get("attention", "auto"), partitioning.platform(mesh))
@@ -101,7 +102,7 @@ def _restore(checkpoints: Checkpoints, index: int, model: Model, source: str, me
     return model.join(saved, base)
 
 
-def _index(checkpoints: Checkpoints, player: str | int | None, workdir: pathlib.Path) -> int:
+def _index(checkpoints: Checkpoints, player: str | int | None, workdir: epath.Path) -> int:
     there = checkpoints.players()
     if not there:
         raise UserError(f"{workdir} holds no checkpoints: the run ended before it saved its first player")

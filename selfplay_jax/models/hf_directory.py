@@ -5,11 +5,14 @@ import fnmatch
 import json
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import safetensors
+from etils import epath
 
+from selfplay_jax import stores
 from selfplay_jax.errors import UserError
 from selfplay_jax.models import hf_config
 from selfplay_jax.models.config import ModelConfig
@@ -33,7 +36,7 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
     Raises:
         UserError: if there is no such model, or the decoder cannot compute it.
     """
-    directory = local_directory(path)
+    directory = local_directory(path, weights=False)
     config = read_json(directory / CONFIG)
     generation = optional_json(directory / GENERATION)
     try:
@@ -42,8 +45,15 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
         raise UserError(f"{directory / CONFIG}: {error}") from error
 
 
-def local_directory(path: str | pathlib.Path) -> pathlib.Path:
-    """`path` itself where it is a directory, else the Hub repository of that name, downloaded."""
+def local_directory(path: epath.PathLike, *, weights: bool = True) -> pathlib.Path:
+    """`path` itself where it is a directory, else the Hub repository of that name, or the folder on gs:// or s3://,
+    downloaded; from an object store without the weights where they are not needed.
+
+    Raises:
+        UserError: there is no such model, or it cannot be downloaded.
+    """
+    if stores.is_remote(path):
+        return stores.local_copy(str(path), _is_model_file, lambda name: weights or not name.endswith(".safetensors"))
     directory = pathlib.Path(path).expanduser()
     if directory.is_dir():
         return directory
@@ -86,6 +96,14 @@ def is_tokenizer_file(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _TOKENIZER_FILES)
 
 
+def _is_model_file(name: str) -> bool:
+    if name.startswith(f"{MORE_TEMPLATES}/"):
+        return name.endswith(".jinja")
+    unwanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in _NOT_DOWNLOADED)
+    weights = name.endswith((".safetensors", ".safetensors.index.json")) and not unwanted
+    return "/" not in name and (weights or name in (CONFIG, GENERATION) or is_tokenizer_file(name))
+
+
 def tokenizer_files(directory: pathlib.Path) -> list[pathlib.PurePath]:
     """Paths, relative to `directory`, of all its tokenizer and chat template files."""
     top = [file for file in directory.iterdir() if file.is_file() and is_tokenizer_file(file.name)]
@@ -94,12 +112,24 @@ def tokenizer_files(directory: pathlib.Path) -> list[pathlib.PurePath]:
 
 
 @contextlib.contextmanager
-def rebuilt(path: pathlib.Path, what: str) -> Iterator[pathlib.Path]:
-    """An empty directory beside `path` to write into, which then takes its place: there whole or not at all.
+def rebuilt(path: epath.PathLike, what: str, last: str) -> Iterator[pathlib.Path]:
+    """An empty directory to write into, which then takes the place of `path`: there whole or not at all.
+
+    It lies beside `path`; for an object store, where nothing is renamed, on the local disk, and is copied with the file
+    `last` at the end: the folder is whole when that is there.
 
     Raises:
-        UserError: `what` could not be written; an earlier directory of that name stays.
+        UserError: `what` could not be written; an earlier directory of that name stays (not on an object store).
     """
+    if stores.is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="selfplay_jax_export_") as folder:
+            try:
+                yield pathlib.Path(folder)
+            except (OSError, safetensors.SafetensorError) as error:
+                raise UserError(f"{path}: {what} could not be written to {folder} first: {error}") from error
+            stores.upload(pathlib.Path(folder), path, last)
+        return
+    path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from selfplay_jax import distributed
+from selfplay_jax import distributed, stores
 from selfplay_jax.errors import UserError
 from selfplay_jax.models import hf_config
 from selfplay_jax.models.decoder import Model, Params
@@ -40,11 +41,11 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def save_hf(
-    path: str | pathlib.Path,
+    path: epath.PathLike,
     model: Model,
     params: Params,
     *,
-    source: str | pathlib.Path | None = None,
+    source: epath.PathLike | None = None,
     max_shard_bytes: float = 5e9,
     dtype: str | None = None,
     chat_template: str | None = None,
@@ -52,10 +53,11 @@ def save_hf(
     """Writes a model directory that transformers, vLLM and lm-evaluation-harness open.
 
     The directory is built beside `path` and renamed, so it is there whole or not at all; an earlier export of
-    the same name is replaced. A tied model stores its embedding once.
+    the same name is replaced. On gs:// and s3:// it is copied there file by file, config.json last. A tied model
+    stores its embedding once.
 
     Args:
-        path: the directory to write.
+        path: the directory to write, here or on gs:// or s3://.
         model, params: as from `load_hf`; parameters may be sharded and reach the host one layer's tensor at a time.
         source: a model directory whose tokenizer and chat template files are copied byte for byte and, if it is of
             the same family, whose config.json and generation_config.json lend their other fields.
@@ -66,7 +68,7 @@ def save_hf(
     Raises:
         UserError: if `path` holds something that is no export, or cannot be written, or `dtype` is another type.
     """
-    path = pathlib.Path(path)
+    path = stores.open_path(path)
     dtype = model.param_dtype if dtype is None else dtype
     if dtype not in _DTYPES:
         raise UserError(f"dtype: exported tensors can be {', '.join(_DTYPES)}, not {dtype!r}")
@@ -76,9 +78,9 @@ def save_hf(
             _fetch(entry, layer, params, dtype)
         distributed.barrier("exported")
         return
-    origin = None if source is None else local_directory(source)
+    origin = None if source is None else local_directory(source, weights=False)
     _refuse_foreign(path)
-    with rebuilt(path, "the model") as partial:
+    with rebuilt(path, "the model", CONFIG) as partial:
         _write_configs(partial, model, origin, dtype)
         if origin is not None:
             _copy_tokenizer(origin, partial)
@@ -177,7 +179,7 @@ def _lay_out(leaf: jax.Array, axes: tuple[int, ...], dtype: str) -> jax.Array:
     return leaf.transpose(axes).astype(dtype)
 
 
-def _refuse_foreign(path: pathlib.Path) -> None:
+def _refuse_foreign(path: epath.Path) -> None:
     """An existing directory is replaced as a whole, so it must be one that `save_hf` could have written."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; choose another name for the exported model")

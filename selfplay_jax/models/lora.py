@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from etils import epath
 
 from selfplay_jax import distributed
 from selfplay_jax.errors import UserError
@@ -99,11 +99,11 @@ def _merged(scale: float, params: Tree) -> Tree:
     return {**params, "layers": layers}
 
 
-def save_peft(path: str | pathlib.Path, model: "Model", params: Tree, *, base: str) -> None:
+def save_peft(path: epath.PathLike, model: "Model", params: Tree, *, base: str) -> None:
     """Writes the adapters as a directory that `peft.PeftModel.from_pretrained(base_model, path)` loads.
 
     Args:
-      path: the directory; an earlier export there is replaced, as a whole.
+      path: the directory, here or on gs:// or s3://; an earlier export there is replaced, as a whole.
       params: the parameter tree, or the adapters alone.
       base: the name or path of the base model, recorded for people and for `peft.AutoPeftModel`.
 
@@ -132,10 +132,9 @@ def save_peft(path: str | pathlib.Path, model: "Model", params: Tree, *, base: s
             rank = model.lora.rank
             arrays[f"{_PREFIX}{place}.lora_A.weight"] = np.ascontiguousarray(a[layer].reshape(-1, rank).T)
             arrays[f"{_PREFIX}{place}.lora_B.weight"] = np.ascontiguousarray(b[layer].reshape(rank, -1).T)
-    path = pathlib.Path(path)
 
     def write() -> None:
-        with rebuilt(path, "the adapters") as partial:
+        with rebuilt(path, "the adapters", ADAPTER_CONFIG) as partial:
             (partial / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             safetensors.numpy.save_file(arrays, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
