@@ -6,6 +6,7 @@ The sizes below are facts about published models, written down by us; a director
 import pathlib
 from typing import Any
 
+from selfplay_jax import stores
 from selfplay_jax.data import builtin
 from selfplay_jax.errors import UserError
 from selfplay_jax.models import ModelConfig, RopeScaling, read_config
@@ -52,7 +53,7 @@ def find(config: Any, model: str = "") -> tuple[ModelConfig, str]:
     path = model or config.model.path
     if path == "builtin":
         return read_config(builtin.BASE), "the built-in base"
-    if pathlib.Path(path).expanduser().is_dir():
+    if stores.is_remote(path) or pathlib.Path(path).expanduser().is_dir():
         return read_config(path), f"{path}/config.json"
     name = known(path)
     if name is not None:
