@@ -164,11 +164,19 @@ def _visit(host: str, port: int, index: int, count: int, asked: Callable[[], boo
             with contextlib.closing(_Guest(socket.create_connection((host, port), timeout=2.0))) as lead:
                 lead.say(process=index, count=count)
                 _obey(lead, asked, patience)
-                return
+            return _await_runtime(host, port)
         except OSError as error:
             problem = f", {host}:{port}: {error.strerror or error}"
         time.sleep(_TURN_S)
     end(_never("process 0", count, patience, problem), PEER_DIED)
+
+
+def _await_runtime(host: str, port: int) -> None:
+    """Returns when process 0's runtime listens, after a second at the latest: ours would only try once a second."""
+    for _ in range(20):
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1.0):
+            return
+        time.sleep(0.05)
 
 
 def _obey(lead: _Guest, asked: Callable[[], bool], patience: float) -> None:
