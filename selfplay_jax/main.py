@@ -4,7 +4,7 @@ On several hosts run it on each: Cloud TPU, GKE, Slurm and Open MPI tell the pro
 `--coordinator=HOST:PORT --num_processes=N --process_id=I`.
 
 Exit codes: 0 done, 1 a user's error (one sentence on stderr), 70 an unexpected error (a traceback), 75 stopped by a
-signal; 76 another process of the job died. After 75 and 76 the same command goes on.
+signal; 76 another process of the job died or never came. After 75 and 76 the same command goes on.
 """
 
 import contextlib

@@ -124,11 +124,11 @@ def _listen_to(guest: _Guest, strangers: list[_Guest], here: dict[int, _Guest], 
         word = guest.hear()
     except OSError:
         word = {"gone": True}
-    process: Any = word.get("process")
-    if "stop" in word:
-        raise Stopped
     if not word:
         return
+    if "stop" in word and guest in here.values():
+        raise Stopped
+    process: Any = word.get("process")
     if guest in strangers:
         strangers.remove(guest)
     for number in [number for number, other in here.items() if other is guest]:
@@ -139,6 +139,10 @@ def _listen_to(guest: _Guest, strangers: list[_Guest], here: dict[int, _Guest], 
     if word["count"] != count:
         raise _tell(guest, f"process {process} was told of {word['count']} processes, process 0 of {count}: "
                     "give all the same --num_processes.")  # fmt: skip
+    if process not in range(1, count):
+        raise _tell(
+            guest, f"--process_id={process} was given twice or is too large: the {count} processes count from 0."
+        )
     if process in here:  # the same host anew, or a mistake: the older one is the one to go
         _tell(here[process], f"another process came as --process_id={process}: give each its own number.")
     here[process] = guest
