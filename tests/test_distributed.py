@@ -453,8 +453,8 @@ _GAME = [
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory):
-    """Compiled programs, for all processes of this module; what all run, one process compiles for all."""
-    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")), "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1"}
+    """Compiled programs, for all processes of this module."""
+    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla"))}
 
 
 @contextlib.contextmanager
