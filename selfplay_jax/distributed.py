@@ -6,8 +6,7 @@ processes talk through the key-value store of jax.distributed's coordination ser
 """
 
 import json
-import sys
-import threading
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from selfplay_jax import rendezvous
 from selfplay_jax.environment import processes
 from selfplay_jax.errors import Stopped, UserError
 from selfplay_jax.watch import Watch, on_abort
@@ -22,9 +22,11 @@ from selfplay_jax.watch import Watch, on_abort
 T = TypeVar("T")
 
 _WAIT_FOR_PEERS_S = 180  # at the start: hosts of a slice come up within minutes of each other
+_CONNECT_S = 60  # once they have met
 _RUNTIME_HEARTBEAT_S = 60  # jax's own, which aborts with a C++ stack; `Watch` is quicker and says who died
 _SHUTDOWN_S = 30
 _FOREVER_MS = 7 * 24 * 3600 * 1000  # waiting for a slow process; a dead one is the watch's business
+_GIVE_FLAGS = "check --coordinator=HOST:PORT --num_processes=N --process_id=I"
 
 
 class _Job:
@@ -60,16 +62,26 @@ def is_lead() -> bool:
 # Beginning and end
 
 
-def initialise(mode: str = "auto", coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+def initialise(
+    mode: str = "auto",
+    coordinator: str = "",
+    num_processes: int = 0,
+    process_id: int = -1,
+    asked: Callable[[], bool] = lambda: False,
+) -> None:
     """Joins the other processes of the job; must come before jax touches a device.
+
+    Ends the process with exit code 76, and a sentence that names them, where others do not come in time.
 
     Args:
       mode: "auto" joins where the three flags are given or where a Cloud TPU slice, GKE, Slurm or Open MPI environment
         has several processes; "on" joins in any case; "off" plays alone.
       coordinator, num_processes, process_id: where process 0 listens (HOST:PORT), how many there are, and which this
         is; "", 0 and -1 leave it to the environment.
+      asked: says whether this process was asked to stop.
     Raises:
-      UserError: flags that contradict each other, or the others did not come in time.
+      UserError: flags that contradict each other or the environment, or a port that is taken.
+      Stopped: a process was asked to stop while it waited.
     """
     given = [bool(coordinator), num_processes > 0, process_id >= 0]
     if mode not in ("auto", "on", "off"):
@@ -80,13 +92,10 @@ def initialise(mode: str = "auto", coordinator: str = "", num_processes: int = 0
         raise UserError("--coordinator=HOST:PORT, --num_processes=N and --process_id=I go together: give all three.")
     if all(given):
         _check_flags(coordinator, num_processes, process_id)
-        if num_processes == 1:
-            return
-    _connect(
-        {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
-        if all(given)
-        else {}
-    )
+    else:
+        coordinator, num_processes, process_id = _detect()
+    if num_processes > 1:
+        _connect(coordinator, num_processes, process_id, asked)
 
 
 def _check_flags(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -97,35 +106,49 @@ def _check_flags(coordinator: str, num_processes: int, process_id: int) -> None:
         raise UserError(f"--process_id={process_id} must be below --num_processes={num_processes}: they count from 0.")
 
 
-def _connect(where: dict[str, Any]) -> None:
+def _detect() -> tuple[str, int, int]:
+    """What the environment tells of the coordinator, the number of processes, and this one's."""
+    from jax._src.clusters import ClusterEnv  # as jax.distributed.initialize does it; there is no public name
+
+    told = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    try:
+        address, number, own, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            told, None, None, None, None, _WAIT_FOR_PEERS_S
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"the environment's processes cannot be found ({said}): {_GIVE_FLAGS}.") from error
+    if address is None or number is None or own is None:
+        raise UserError(f"the environment does not tell of other processes: {_GIVE_FLAGS}.")
+    return address, number, own
+
+
+def _connect(coordinator: str, count: int, index: int, asked: Callable[[], bool]) -> None:
     # CPU devices of several processes reach each other through gloo; other platforms ignore the setting.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # jax's preemption service would take SIGTERM for itself; `Stop` does what it does, for Ctrl-C too.
     jax.config.update("jax_enable_preemption_service", False)
-    missing = f"not all processes of the job came within {_WAIT_FOR_PEERS_S} s; start the same command on all of them"
-    on_abort(lambda: missing)
-    patience = threading.Timer(10.0, print, ["waiting for the other processes of the job"], {"file": sys.stderr})
-    patience.start()
+    rendezvous.meet(coordinator, index, count, asked, _WAIT_FOR_PEERS_S)
+    lost = f"the processes met but did not connect within {_CONNECT_S} s; run the same command on all of them"
+    on_abort(lambda: lost)
     try:
         jax.distributed.initialize(
-            **where,
-            initialization_timeout=_WAIT_FOR_PEERS_S,
+            coordinator,
+            count,
+            index,
+            initialization_timeout=_CONNECT_S,
             heartbeat_timeout_seconds=_RUNTIME_HEARTBEAT_S,
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
     except (RuntimeError, ValueError, OSError) as error:
         said = " ".join(str(error).split())[:300]
-        flags = "--coordinator=HOST:PORT --num_processes=N --process_id=I"
-        raise UserError(f"the processes of the job did not find each other ({said}): check {flags}.") from error
-    finally:
-        patience.cancel()
+        raise UserError(f"the processes of the job cannot connect ({said}): {_GIVE_FLAGS}.") from error
     from jax._src import distributed  # the store has no public name yet; Orbax takes it from here too
 
-    state = distributed.global_state
-    _job.index, _job.count, _job.store = state.process_id, state.num_processes, state.client
-    if _job.count > 1:
-        _job.watch = Watch(state.client, _job.index, _job.count, state.coordinator_address or "")
-        _job.watch.start()
+    _job.index, _job.count, _job.store = index, count, distributed.global_state.client
+    _job.watch = Watch(_job.store, index, count, coordinator)
+    _job.watch.wish(asked)
+    _job.watch.start()
 
 
 def leave(code: int, sentence: str = "") -> int:

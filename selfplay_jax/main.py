@@ -4,7 +4,7 @@ On several hosts run it on each: Cloud TPU, GKE, Slurm and Open MPI tell the pro
 `--coordinator=HOST:PORT --num_processes=N --process_id=I`.
 
 Exit codes: 0 done, 1 a user's error (one sentence on stderr), 70 an unexpected error (a traceback), 75 stopped by a
-signal; 76 another process of the job died. After 75 and 76 the same command goes on.
+signal; 76 another process of the job died or never came. After 75 and 76 the same command goes on.
 """
 
 import contextlib
@@ -13,10 +13,13 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -26,6 +29,7 @@ from selfplay_jax.errors import Stopped, UserError
 
 UNEXPECTED = 70  # EX_SOFTWARE: not 1, which launchers take for the user's to mend, and do not try again
 RESUMABLE = 75  # EX_TEMPFAIL: what launchers take for "run it again"
+_AT_ONCE_S = 5.0
 _GO_ON = "stopped; run the same command to go on"
 
 
@@ -102,20 +106,59 @@ class Signals:
     """Turns the first Ctrl-C, SIGTERM or SIGHUP into a wish to stop at a safe point; a second Ctrl-C ends at once.
 
     A host that shuts down sends SIGHUP right after SIGTERM to what was started over ssh; under nohup it stays ignored.
+
+    Python runs a handler when the main thread is back from C++, which for a process that waits for its peers may be
+    never. So Python's C handler also writes the number into a socket (`set_wakeup_fd`), and a thread reads it there.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._announced = threading.Lock()
+        self._handled = False
+        heard, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        self._kept = wakeup  # closed when it is collected
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._ask)
+                signal.signal(number, self._handle)
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        # What a forked child is sent is not for this process.
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        threading.Thread(target=self._listen, args=[heard], daemon=True, name="signals").start()
 
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._handled and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self._handled = True
+        self._ask()
+
+    def _ask(self) -> None:
         self.asked = True
-        with contextlib.suppress(OSError):  # a terminal that was closed
-            os.write(2, b"\nstopping at the next safe point; the same command will go on from there\n")
+        if self._announced.acquire(blocking=False):  # the handler and the thread both come here
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                os.write(2, b"\nstopping at the next safe point; the same command will go on from there\n")
+
+    def _listen(self, heard: socket.socket) -> None:
+        first = True
+        while True:
+            number = heard.recv(1)[0]
+            if signal.getsignal(number) != self._handle:  # another's, or no longer ours
+                continue
+            self._ask()
+            if number == signal.SIGINT and not first:
+                time.sleep(_AT_ONCE_S)  # the main thread's time to end with its KeyboardInterrupt
+                _interrupt()
+            first = False
+
+
+def _interrupt() -> NoReturn:
+    """Ends the process, and its job, from any thread."""
+    from selfplay_jax import distributed, watch
+
+    with contextlib.suppress(OSError):
+        os.write(2, f"{_GO_ON}\n".encode())
+    distributed.leave(RESUMABLE, "interrupted")
+    watch.end("", RESUMABLE)
 
 
 def _use_compilation_cache(folder: str) -> None:
@@ -146,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         _use_compilation_cache(config.compilation_cache)
-        distributed.initialise(**read_job_flags(argv))
+        distributed.initialise(**read_job_flags(argv), asked=lambda: signals.asked)
         from selfplay_jax.selfplay import play
 
         play(config, workdir, lambda: signals.asked)

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 PEER_DIED = 76  # the exit code for "start the job again": not 0, 1 or 75
 
@@ -125,8 +125,7 @@ class Watch:
                 self._verdict([0])
 
     def _verdict(self, dead: list[int]) -> None:
-        names = f"process {dead[0]}" if len(dead) == 1 else "processes " + ", ".join(map(str, dead))
-        sentence = f"{names} of {self._count} died (no heartbeat for {_DEAD_S:.0f} s); {_AGAIN}"
+        sentence = f"{called(dead)} of {self._count} died (no heartbeat for {_DEAD_S:.0f} s); {_AGAIN}"
         if self._index == 0:
             self._say({"sentence": sentence, "code": PEER_DIED})
         self._end(sentence, PEER_DIED)
@@ -159,6 +158,11 @@ class Watch:
             return False
 
 
+def called(numbers: list[int]) -> str:
+    """Processes as a sentence names them."""
+    return f"process {numbers[0]}" if len(numbers) == 1 else "processes " + ", ".join(map(str, numbers))
+
+
 def on_abort(explain: Callable[[], str]) -> None:
     """When the C++ runtime aborts, ends with `explain`'s sentence and exit code 76; "" lets it abort.
 
@@ -179,10 +183,12 @@ def on_abort(explain: Callable[[], str]) -> None:
 _kept: list[Any] = []  # what C calls must not be collected
 
 
-def end(sentence: str, code: int) -> None:
+def end(sentence: str, code: int) -> NoReturn:
     """Ends the process from any thread, whatever the others wait for."""
-    if sentence:
-        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar may have hidden it
-        os.write(2, f"{cursor}{sentence}\n".encode())
-    sys.stdout.flush()
-    os._exit(code)
+    try:
+        if sentence:
+            cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar may have hidden it
+            os.write(2, f"{cursor}{sentence}\n".encode())
+        sys.stdout.flush()
+    finally:  # a closed terminal must not keep it
+        os._exit(code)

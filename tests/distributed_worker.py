@@ -1,12 +1,14 @@
 """A process of a small job, no game: `distributed_worker.py TASK PORT COUNT INDEX FOLDER`; see test_distributed.py."""
 
 import json
+import os
 import sys
 import time
 
 from selfplay_jax import distributed, main, watch
 from selfplay_jax.errors import Stopped, UserError
 
+distributed._WAIT_FOR_PEERS_S = float(os.environ.get("PATIENCE", "60"))
 watch._DEAD_S = 4.0  # a quiet test machine; the processes hold Python's lock for no second
 
 
@@ -52,8 +54,7 @@ def steps():
     """A loop that waits for all at every step, until the stop."""
     from jax.experimental import multihost_utils
 
-    signals = main.Signals()
-    stop = distributed.Stop(lambda: signals.asked)
+    stop = distributed.Stop(lambda: SIGNALS.asked)
     for step in range(100_000):
         if stop.at_step():
             say(stopped=step)
@@ -65,8 +66,7 @@ def steps():
 
 def apart():
     """Work that each does alone, of different lengths, until the stop."""
-    signals = main.Signals()
-    stop = distributed.Stop(lambda: signals.asked)
+    stop = distributed.Stop(lambda: SIGNALS.asked)
 
     def work():
         say(ready=True)
@@ -75,6 +75,20 @@ def apart():
             stop.check()
 
     distributed.each(work)
+
+
+def idle(where):
+    """All but the lead are through with their work and wait for it, in C++, until the stop."""
+    stop = distributed.Stop(lambda: SIGNALS.asked)
+
+    def work():
+        while distributed.is_lead():
+            time.sleep(0.01)
+            stop.check()
+
+    distributed.barrier("begin")
+    say(ready=True)
+    distributed.each(work) if where == "each" else distributed.agree(work)
 
 
 def wait():
@@ -117,12 +131,14 @@ def tokens(own=""):
 
 
 def run(task, port, count, index, folder, *more):
-    global FOLDER
-    FOLDER = folder
+    global FOLDER, SIGNALS
+    FOLDER, SIGNALS = folder, main.Signals()
+    say(started=True)
     try:
-        distributed.initialise("auto", f"127.0.0.1:{port}", int(count), int(index))
+        distributed.initialise("auto", f"127.0.0.1:{port}", int(count), int(index), lambda: SIGNALS.asked)
         globals()[task](*more)
     except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return distributed.leave(1, str(error))
     except Stopped:
         return distributed.leave(75)

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from selfplay_jax import distributed, environment, main
-from selfplay_jax.errors import UserError
+from selfplay_jax import distributed, environment, main, rendezvous
+from selfplay_jax.errors import Stopped, UserError
 from selfplay_jax.groups import pack
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -37,11 +37,11 @@ def variables(devices, **more):
 
 
 @contextlib.contextmanager
-def job(command, count, folder, **options):
-    """Starts `command(port, index)` for every process; whatever still runs at the end is killed."""
+def job(command, indices, folder, **options):
+    """Starts `command(port, index)` for these processes; whatever still runs at the end is killed."""
     port, processes = free_port(), []
     try:
-        for index in range(count):
+        for index in indices:
             files = [(folder / f"{name}_{index}.txt").open("w") for name in ("out", "err")]
             processes.append(
                 subprocess.Popen(command(port, index), stdout=files[0], stderr=files[1], cwd=ROOT, **options)
@@ -74,12 +74,15 @@ def codes(processes, seconds=240):
 
 
 @contextlib.contextmanager
-def small_job(task, count, folder, *more):
+def small_job(task, count, folder, *more, present=None, patience=60):
+    """`present`: which of the processes come at all."""
+    present = range(count) if present is None else present
+
     def command(port, index):
         numbers = [str(port), str(count), str(index)]
         return [sys.executable, str(ROOT / "tests/distributed_worker.py"), task, *numbers, str(folder), *more]
 
-    with job(command, count, folder, env=variables(2)) as processes:
+    with job(command, present, folder, env=variables(2, PATIENCE=str(patience))) as processes:
         yield processes
 
 
@@ -89,6 +92,10 @@ def said(folder, index):
 
 def ready(folder, count):
     return lambda: all({"ready": True} in said(folder, index) for index in range(count))
+
+
+def started(folder, *indices):
+    return lambda: all({"started": True} in said(folder, index) for index in indices)
 
 
 def test_they_agree_and_share(tmp_path):
@@ -134,6 +141,192 @@ def test_a_signal_to_one_stops_all_while_each_works_alone(tmp_path):
         wait_until(ready(tmp_path, 3), processes)
         processes[2].send_signal(signal.SIGTERM)
         assert codes(processes, 60) == [75, 75, 75]
+
+
+@pytest.mark.parametrize(("where", "number"), [("each", signal.SIGTERM), ("agree", signal.SIGINT)])
+def test_a_signal_to_one_that_waits_in_the_runtime_stops_all(tmp_path, where, number):
+    """It has nothing to do, and its main thread is in C++: Python's handlers do not run there."""
+    with small_job("idle", 2, tmp_path, where) as processes:
+        wait_until(ready(tmp_path, 2), processes)
+        time.sleep(0.5)  # from saying so to waiting
+        processes[1].send_signal(number)
+        assert codes(processes, 20) == [75, 75]
+    assert text(tmp_path, "err", 1).count("stopping at the next safe point") == 1
+
+
+# Before they have met
+
+
+def test_a_signal_while_they_wait_for_one_that_does_not_come(tmp_path):
+    with small_job("agree", 3, tmp_path, present=(0, 2)) as processes:
+        wait_until(started(tmp_path, 0, 2), processes)
+        time.sleep(1.0)  # now they have met
+        processes[1].send_signal(signal.SIGTERM)
+        assert codes(processes, 20) == [75, 75]
+
+
+def test_a_signal_while_there_is_no_process_0(tmp_path):
+    with small_job("agree", 2, tmp_path, present=(1,)) as processes:
+        wait_until(started(tmp_path, 1), processes)
+        processes[0].send_signal(signal.SIGTERM)
+        assert codes(processes, 20) == [75]
+
+
+def test_who_never_came_is_named(tmp_path):
+    with small_job("agree", 4, tmp_path, present=(0, 2), patience=2) as processes:
+        assert codes(processes, 60) == [76, 76]
+    for index in (0, 2):  # whichever came later
+        (only,) = text(tmp_path, "err", index).splitlines()  # and no stack
+        assert only.startswith("processes 1, 3 of 4 never came (waited 2 s)")
+
+
+def test_a_process_0_that_never_came_is_named(tmp_path):
+    with small_job("agree", 2, tmp_path, present=(1,), patience=1) as processes:
+        assert codes(processes, 60) == [76]
+    (only,) = text(tmp_path, "err", 1).splitlines()
+    assert only.startswith("process 0 of 2 never came (waited 1 s, 127.0.0.1:") and "Connection refused" in only
+
+
+@contextlib.contextmanager
+def meeting(count):
+    """Calls `meet` in threads: a function that starts one, and what became of each."""
+    ends, threads, port = {}, [], free_port()
+
+    def come(index, count=count, asked=lambda: False, name=None):
+        def work():
+            try:
+                rendezvous.meet(f"localhost:{port}", index, count, asked, 30.0)
+                ends[name or index] = "met"
+            except (UserError, Stopped) as error:
+                ends[name or index] = error
+
+        threads.append(threading.Thread(target=work, daemon=True))
+        threads[-1].start()
+
+    yield come, ends, port
+    for thread in threads:
+        thread.join(20.0)
+        assert not thread.is_alive()
+
+
+def test_they_meet_in_any_order_and_leave_the_port_free():
+    with meeting(4) as (come, ends, port):
+        for index in (3, 1, 0):
+            come(index)
+            time.sleep(0.1)
+        with socket.create_connection(("127.0.0.1", port)) as stranger:  # a health check, another program
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert stranger.recv(1) == b""
+        assert not ends
+        come(2)
+    assert ends == dict.fromkeys(range(4), "met")
+    socket.create_server(("", port)).close()
+
+
+def test_one_that_left_while_they_waited_is_waited_for_again():
+    with meeting(3) as (come, ends, port):
+        come(0)
+        time.sleep(0.3)
+        with socket.create_connection(("127.0.0.1", port)) as killed:
+            killed.sendall(b'{"process": 1, "count": 3}\n')
+            assert killed.recv(100) == b'{"welcome": true}\n'
+        come(2)
+        time.sleep(0.5)
+        assert not ends
+        come(1)
+    assert ends == dict.fromkeys(range(3), "met")
+
+
+def test_processes_that_count_each_other_differently_are_told():
+    with meeting(3) as (come, ends, _):
+        come(0)
+        come(1)
+        time.sleep(0.5)
+        come(2, count=4)
+    assert all(isinstance(error, UserError) for error in ends.values()) and len(ends) == 3
+    assert {str(error).split(":")[0] for error in ends.values()} == {
+        "process 2 was told of 4 processes, process 0 of 3"
+    }
+
+
+def test_a_number_given_twice_is_told():
+    with meeting(3) as (come, ends, _):
+        come(0)
+        come(1, name="older")
+        time.sleep(0.5)
+        come(1, name="newer")
+        time.sleep(0.5)
+        assert list(ends) == ["older"] and "--process_id=1" in str(ends["older"])
+        come(2)
+    assert [ends[name] for name in (0, "newer", 2)] == ["met"] * 3
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_a_wish_to_stop_while_they_wait_reaches_all_that_are_there(who):
+    asked = threading.Event()
+    with meeting(4) as (come, ends, _):
+        for index in (0, 1, 2):
+            come(index, asked=asked.is_set if index == who else lambda: False)
+        time.sleep(0.5)
+        assert not ends
+        asked.set()
+    assert [type(ends[index]) for index in (0, 1, 2)] == [Stopped] * 3
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_port_that_is_taken_is_said(family):
+    with socket.create_server(("", 0), family=family) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"cannot listen on port {port} \(.*in use.*--coordinator=HOST:PORT"):
+            distributed.initialise(coordinator=f"localhost:{port}", num_processes=2, process_id=0)
+
+
+# What a signal does to a process whose main thread is in C
+
+
+_STUCK = """
+import ctypes, os, signal, sys, threading, time
+from selfplay_jax import main
+signals, lock, libc = main.Signals(), ctypes.create_string_buffer(64), ctypes.CDLL(None)
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+time.sleep(0.5)
+os.kill(child, signal.SIGTERM)  # its own affair, though it has the same handlers
+time.sleep(0.5)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+print("ready" if not signals.asked else "told of the child's", flush=True)
+
+def tell():
+    while not signals.asked:
+        time.sleep(0.01)
+    print("asked", flush=True)
+
+threading.Thread(target=tell, daemon=True).start()
+libc.pthread_mutex_lock(lock)
+libc.pthread_mutex_lock(lock)
+"""
+
+
+def test_a_process_stuck_in_c_hears_signals_and_a_second_ctrl_c_ends_it():
+    with subprocess.Popen(
+        [sys.executable, "-c", _STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "asked\n"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 75
+    assert "run the same command to go on" in errors.splitlines()[-1] and "Traceback" not in errors
+
+
+# Deaths and errors
 
 
 @pytest.mark.parametrize("task", ["wait", "steps"])
@@ -274,7 +467,7 @@ def game(workdir, count, devices, folder, caches, *more):
             arguments += [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
         return [sys.executable, "-m", "selfplay_jax.main", *arguments]
 
-    with job(command, count, folder, env=variables(devices, **caches)) as processes:
+    with job(command, range(count), folder, env=variables(devices, **caches)) as processes:
         yield processes
 
 
@@ -323,10 +516,10 @@ def assert_same_run(workdir, single):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_play_the_game_of_one(tmp_path, caches, single, count):
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+def test_several_processes_play_the_game_of_one(tmp_path, caches, single, count, devices):
     workdir = tmp_path / "run"
-    play(workdir, count, 2, tmp_path / "log", caches)
+    play(workdir, count, devices, tmp_path / "log", caches)
     assert_same_run(workdir, single)
 
 
@@ -346,11 +539,18 @@ def test_killed_and_stopped_it_goes_on_with_other_processes_and_meshes(tmp_path,
         assert time.monotonic() - began < 40
     assert "process 1 of 2 died" in text(tmp_path / "a", "err", 0).splitlines()[-1]
 
+    with game(workdir, 2, 2, tmp_path / "s", caches) as processes:  # both are preempted as they sample
+        wait_until(lambda: any(first.glob("responses/*.parquet")), processes)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        assert codes(processes, 60) == [75, 75], text(tmp_path / "s", "err", 0)
+    assert "already done" in text(tmp_path / "s", "err", 0)  # of the warm-up
+
     with game(workdir, 2, 2, tmp_path / "b", caches) as processes:  # process 1 is preempted
         wait_until(lambda: lines(first / "metrics.jsonl") >= 1, processes)
         processes[1].send_signal(signal.SIGTERM)
         assert codes(processes, 60) == [75, 75], text(tmp_path / "b", "err", 0)
-    assert "already done" in text(tmp_path / "b", "err", 0)  # of the warm-up
+    assert "training SFT" not in text(tmp_path / "b", "err", 0)
     done = len(steps_of(workdir, "rounds/000"))
     assert 1 <= done <= 6
 
@@ -366,17 +566,4 @@ def test_killed_and_stopped_it_goes_on_with_other_processes_and_meshes(tmp_path,
         assert "process 0 of 4 died" in text(tmp_path / "c", "err", index).splitlines()[-1]
 
     play(workdir, 1, 4, tmp_path / "d", caches)
-    assert_same_run(workdir, single)
-
-
-@pytest.mark.slow
-def test_a_signal_while_they_sample_keeps_the_chunks(tmp_path, caches, single):
-    workdir = tmp_path / "run"
-    with game(workdir, 2, 2, tmp_path / "a", caches) as processes:
-        wait_until(lambda: any((workdir / "rounds/000/responses").glob("*.parquet")), processes)
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        assert codes(processes, 60) == [75, 75], text(tmp_path / "a", "err", 0)
-    play(workdir, 2, 2, tmp_path / "b", caches)
-    assert "training SFT" not in text(tmp_path / "b", "err", 0)
     assert_same_run(workdir, single)
