@@ -9,6 +9,7 @@ cell takes up to ten minutes on two cores. Needs libtpu (extra `tpu`).
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import pathlib
 import subprocess
@@ -28,10 +29,18 @@ PROGRAMS = ("train", "score", "fill", "decode")
 FLAGS = {"v5litepod-256": ("--config.train.batch_size=256", "--config.scoring.batch_size=256")}
 
 
+def compiler() -> str:
+    """The compiler and its version."""
+    try:
+        return f"libtpu {importlib.metadata.version('libtpu')}"
+    except importlib.metadata.PackageNotFoundError:
+        sys.exit("libtpu, the TPU compiler, is not installed: make setup TPU=1")
+
+
 def cell(model: str, topology: str, program: str, extra: Sequence[str], cache: pathlib.Path) -> dict[str, Any]:
     """What preflight says of one program on one slice: from the cache, else compiled now."""
     flags = [f"--config={MODELS[model]}", f"--topology={topology}", *FLAGS.get(topology, ()), *extra]
-    key = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
+    key = hashlib.sha256(" ".join([compiler(), *flags]).encode()).hexdigest()[:8]
     kept = cache / f"{model}_{topology}_{program}_{key}.json"
     if not kept.exists():
         began = time.monotonic()
@@ -113,7 +122,8 @@ def round_row(model: str, answers: Sequence[dict[str, Any]]) -> str:
 
 _PAGE = """# What TPAW needs on TPUs
 
-Compiled by the TPU compiler on a machine without TPUs by `benchmarks/preflight_table.py{extra}`; nothing here was run.
+Compiled by the TPU compiler ({compiler}) on a machine without TPUs by `benchmarks/preflight_table.py{extra}`; nothing
+here was run.
 The programs are those of a steady round of the presets {presets}:
 prompts and responses at their longest, float32 parameters and bfloat16 computing. Flags besides the preset's: {flags}.
 `python -m selfplay_jax.preflight --config=... --topology=...` prints the same for any config, and looks for what would
@@ -160,6 +170,7 @@ def page(answers: dict[tuple[str, str], list[dict[str, Any]]], extra: Sequence[s
     cells = [(model, answer) for (model, _), several in answers.items() for answer in several]
     flags = "; ".join(f"`{' '.join(flags)}` on {name}" for name, flags in FLAGS.items())
     return _PAGE.format(
+        compiler=compiler(),
         extra="".join(f" {flag}" for flag in extra),
         presets=" and ".join(f"`{config}`" for config in MODELS.values()),
         flags=flags or "none",
