@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Their fixtures play whole games. Run first they stay with one worker: the others steal what stands at its end.
-_FIRST = ("test_distributed", "test_resume", "test_variants", "test_notebooks")
+_FIRST = ("test_distributed_game", "test_resume", "test_variants", "test_notebooks")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
