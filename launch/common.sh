@@ -117,7 +117,7 @@ check_program_args() {
       --coordinator* | --num_processes* | --process_id*) die "$arg is the launcher's business: leave it out" ;;
     esac
   done
-  [[ $config ]] || die "say what to run after --, for example: -- --config=configs/tpaw.py:ultrachat_qwen2.5_1.5b"
+  [[ $config ]] || die "say what to run after --, for example: -- --config=configs/tpaw.py:gsm8k_qwen2.5_1.5b"
 }
 
 # slice_of TYPE: sets CHIPS, TOPOLOGY, CHIPS_PER_NODE and GENERATION of an accelerator type such as v5litepod-16 or v5p-32.

@@ -311,7 +311,7 @@ def _as(like: type, text: str) -> Any:
 def difference(old: Mapping[str, Any], new: ConfigDict) -> str | None:
     """Says which field of a workdir's recorded config differs from `new`, None where the run may go on."""
     before, after = flat(old), flat(json.loads(new.to_json()))
-    for name in sorted(before.keys() | after.keys()):
+    for name in sorted(before.keys() | after.keys(), key=lambda name: (name != "method", name)):
         if name in FREE_FIELDS:
             continue
         if before.get(name) != after.get(name):

@@ -149,6 +149,9 @@ def _connect(coordinator: str, count: int, index: int, asked: Callable[[], bool]
     _job.watch = Watch(_job.store, index, count, coordinator)
     _job.watch.wish(asked)
     _job.watch.start()
+    if jax.default_backend() == "cpu":
+        # Only the lead would find its programs there, and gloo gives up on others that compile for over 30 s.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def leave(code: int, sentence: str = "") -> int:

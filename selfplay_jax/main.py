@@ -26,6 +26,7 @@ from ml_collections import config_flags
 
 from selfplay_jax.config import flat, unknown_field
 from selfplay_jax.errors import Stopped, UserError
+from selfplay_jax.stores import is_remote
 
 UNEXPECTED = 70  # EX_SOFTWARE: not 1, which launchers take for the user's to mend, and do not try again
 RESUMABLE = 75  # EX_TEMPFAIL: what launchers take for "run it again"
@@ -166,7 +167,8 @@ def _use_compilation_cache(folder: str) -> None:
     import jax
 
     if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+        here = folder if is_remote(folder) else str(pathlib.Path(folder).expanduser())
+        jax.config.update("jax_compilation_cache_dir", here)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -58,6 +58,9 @@ def check_workdir(path: epath.PathLike) -> None:
         )
     from orbax.checkpoint._src.path import gcs_utils  # what it will ask when it lists its first checkpoint
 
+    from selfplay_jax.progress import say  # brings in jax
+
+    say(f"looking at {folder}")  # without a network it takes a minute to give up
     with _told(str(folder)):
         folder.exists()
         try:

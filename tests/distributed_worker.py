@@ -46,6 +46,7 @@ def agree():
         own=distributed.own_rows(partitioning.rows(mesh), 8).tolist(), total=float(jax.jit(jax.numpy.sum)(placed)),
         host=distributed.to_host(placed).tolist() == rows.tolist(), local=dict(local.shape),
         here=np.asarray(whole).tolist() == rows.tolist() and distributed.is_local(local),
+        cache=jax.config.jax_enable_compilation_cache,
         across=dict(distributed.local_mesh(partitioning.make_mesh(1, -1)).shape),
     )  # fmt: skip
 

@@ -181,6 +181,8 @@ def test_difference_names_the_field_and_both_values(override, says, tmp_path):
 
 def test_difference_of_methods_and_of_fields_that_only_one_has(tmp_path):
     spin, tpaw = main.read_flags([SPIN])[0], main.read_flags([TPAW])[0]
+    assert difference(recorded(spin, tmp_path), tpaw) == "config.method is 'spin' there and 'tpaw' here"
+    tpaw.method = "spin"
     assert (
         difference(recorded(spin, tmp_path), tpaw) == "config.loss.differentiate_weights is None there and False here"
     )

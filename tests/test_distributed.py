@@ -50,6 +50,7 @@ def test_they_agree_and_share(tmp_path):
         assert answer["raised"] == "the lead cannot" and answer["stopped"] == "stopped"
         assert answer["gathered"] == [0, 1] and answer["host"] and answer["here"]
         assert answer["total"] == np.arange(24).sum()
+        assert not answer["cache"]  # the lead alone would find its programs there
         assert answer["local"] == {"replica": 1, "fsdp": 2, "tensor": 1}
         assert answer["across"] == {"replica": 1, "fsdp": 1, "tensor": 4}  # it lies across: nobody is alone
     assert (first["mine"], second["mine"]) == ([0, 2, 4], [1, 3]) and (first["each"], second["each"]) == (0, 1)

@@ -338,7 +338,13 @@ def test_broken_directories_are_refused_by_name(
         load_hf(directory)
 
 
-@pytest.mark.parametrize("path", ["./no/such/dir", "nobody/nothing", "nothing"])
+@pytest.mark.parametrize("path", ["./no/such/dir", "runs/sft/hf/final", "~/nothing"])
+def test_no_directory(path: str) -> None:
+    with pytest.raises(UserError, match=rf"^{path}: no such directory\. .*SFT run"):
+        load_hf(path)
+
+
+@pytest.mark.parametrize("path", ["nobody/nothing", "nothing"])
 def test_neither_directory_nor_repository(path: str) -> None:
     with pytest.raises(UserError, match=f"^{path}: no such directory, and the Hub gave: ."):
         load_hf(path)

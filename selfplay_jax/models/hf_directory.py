@@ -57,6 +57,11 @@ def local_directory(path: epath.PathLike, *, weights: bool = True) -> pathlib.Pa
     directory = pathlib.Path(path).expanduser()
     if directory.is_dir():
         return directory
+    if str(path).count("/") > 1 or str(path).startswith((".", "/", "~")):  # no name that the Hub could have
+        raise UserError(
+            f"{path}: no such directory. If it is what an SFT run exports, play that first (configs/sft.py), or say "
+            "where it lies with config.model.path"
+        )
     import huggingface_hub  # slow to import, and local directories never need it
 
     try:
